@@ -1,0 +1,38 @@
+"""Pytest plugin: throw-away Postgres servers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.postgres import PostgresServer, bin_dir, running_server
+
+MAJORS = [major for major in (15, 18) if bin_dir(major) is not None]
+
+
+@pytest.fixture(scope="session")
+def make_postgres_session() -> Iterator[Callable[..., PostgresServer]]:
+    """Factory of servers that live until the session ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda major=15, **kwargs: stack.enter_context(running_server(major, **kwargs))
+
+
+@pytest.fixture
+def make_postgres() -> Iterator[Callable[..., PostgresServer]]:
+    """Factory of servers that live until the test ends: ``make_postgres(15, initdb=[…], settings={…})``."""
+    with contextlib.ExitStack() as stack:
+        yield lambda major=15, **kwargs: stack.enter_context(running_server(major, **kwargs))
+
+
+@pytest.fixture
+def postgres(make_postgres: Callable[..., PostgresServer]) -> PostgresServer:
+    """A fresh Postgres 15."""
+    return make_postgres(15)
+
+
+@pytest.fixture(params=MAJORS, ids=lambda major: f"pg{major}")
+def each_postgres(request: pytest.FixtureRequest, make_postgres: Callable[..., PostgresServer]) -> PostgresServer:
+    """A fresh server of every major version that `make test` covers."""
+    return make_postgres(request.param)

@@ -1,0 +1,71 @@
+"""Object keys: the only place where they are built and parsed (SPEC.md, chapter 2)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from timeline.lsn import Lsn
+
+META = "tl.json"
+LOG_SPAN = 10**20 - 1
+"""Log keys are numbered descending, LOG_SPAN − n, so that the newest comes first in a listing."""
+
+_CHUNK = re.compile(r"wal/([a-z0-9._-]+)/([0-9]+)/([0-9a-f]{16})")
+_LOG = re.compile(r"branches/([a-z0-9._-]+)/log/([0-9]{20})\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkKey:
+    """The parts of a chunk's key."""
+
+    branch: str
+    tli: int
+    start: Lsn
+
+
+def chunk(branch: str, tli: int, start: int) -> str:
+    """Key of the chunk that starts at ``start``."""
+    return f"wal/{branch}/{tli}/{int(start):016x}"
+
+
+def chunk_prefix(branch: str, tli: int) -> str:
+    """Prefix of all chunks of a tli."""
+    return f"wal/{branch}/{tli}/"
+
+
+def parse_chunk(key: str) -> ChunkKey | None:
+    """The parts, or ``None`` when the key is no chunk's."""
+    match = _CHUNK.fullmatch(key)
+    return ChunkKey(match[1], int(match[2]), Lsn(int(match[3], 16))) if match else None
+
+
+def pack(digest: str) -> str:
+    """Key of a pack."""
+    return f"packs/{digest[:2]}/{digest}"
+
+
+def manifest(digest: str) -> str:
+    """Key of a manifest."""
+    return f"manifests/{digest}.parquet"
+
+
+def log_prefix(branch: str) -> str:
+    """Prefix of a branch's log."""
+    return f"branches/{branch}/log/"
+
+
+def log_entry(branch: str, number: int) -> str:
+    """Key of entry ``number`` (0 is the first)."""
+    return f"branches/{branch}/log/{LOG_SPAN - number:020d}.json"
+
+
+def parse_log_entry(key: str) -> tuple[str, int] | None:
+    """(branch, number), or ``None`` when the key is no log entry's."""
+    match = _LOG.fullmatch(key)
+    return (match[1], LOG_SPAN - int(match[2])) if match else None
+
+
+def pin(pin_id: str) -> str:
+    """Key of a host-local branch's pin."""
+    return f"pins/{pin_id}"

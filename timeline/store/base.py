@@ -1,0 +1,66 @@
+"""The store Protocol: four verbs over immutable objects.
+
+Promises every implementation keeps (one conformance suite runs on all of them):
+
+- ``create`` is atomic and durable: when it returns, the whole object is there or another one was there first (P2).
+  Of any number of concurrent creates of one key exactly one returns ``True``. An ambiguous outcome (time-out, reset,
+  409, 5xx) is resolved inside by reading back and comparing; it never surfaces as a guess.
+- ``get`` returns exactly the bytes asked for, or raises; it never returns fewer.
+- ``list`` is strongly consistent and in ascending byte order of the keys.
+- Only garbage collection calls ``delete``.
+- Failures that may pass raise ``Unavailable``; retries are bounded (``retry.py``).
+
+Keys are ``/``-separated ASCII segments of ``[A-Za-z0-9._-]``, relative to the store's prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One key of a listing."""
+
+    key: str
+    size: int
+    """Bytes of the object."""
+
+
+class Store(Protocol):
+    """An object store, or a directory that behaves like one."""
+
+    @property
+    def url(self) -> str:
+        """The URL that opens this store again (``file:///path`` or ``s3://bucket/prefix``), without secrets."""
+        ...
+
+    async def create(self, key: str, data: bytes | memoryview) -> bool:
+        """Create the object durably. ``True``: it is mine (also when a lost answer was found to be mine by reading
+        back: the stored bytes equal ``data``). ``False``: another object with *different* bytes holds the key.
+
+        Equal bytes already there count as created: creating content-named objects twice is harmless.
+        """
+        ...
+
+    async def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        """``length`` bytes from ``start`` (to the end when ``None``). ``start`` may be negative: the last
+        ``-start`` bytes, fewer if the object is smaller (then ``length`` must be ``None``).
+
+        Raises NotFound; raises DamagedStore when the object is shorter than the range asked for.
+        """
+        ...
+
+    async def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> list[Listed]:
+        """Keys with ``prefix``, greater than ``after`` when given, at most ``limit``."""
+        ...
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Remove the objects; keys that do not exist are no error."""
+        ...
+
+    async def aclose(self) -> None:
+        """Release connections. The store cannot be used afterwards."""
+        ...
