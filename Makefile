@@ -1,0 +1,41 @@
+# Everything a clean checkout needs, in one place. `make help` lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PY := .venv/bin/python
+STAMP := .venv/.ready
+
+.PHONY: help setup demo test lint unit test-slow bench bench-archive clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+$(STAMP): pyproject.toml .ci/constraints.txt .ci/setup
+	@bash .ci/setup
+	@touch $(STAMP)
+
+setup: $(STAMP) ## Debian packages (if any is missing) and a .venv with pinned Python packages
+	@bash .ci/setup --check || bash .ci/setup
+
+demo: setup ## one minute: a database, a mistake, a branch from just before it
+	@.venv/bin/tl demo
+
+lint: setup ## formatting, lint, types, layers
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+test: lint ## lint, types and all tests but the slow ones
+	$(PY) -m pytest -q -n 2 --dist loadgroup -m "not slow"
+
+test-slow: setup ## the long ones: durability, fidelity over many moments
+	$(PY) -m pytest -q -m slow
+
+bench: setup ## time to first query of a branch, by database size and store
+	$(PY) -m benchmarks.branch --json
+
+bench-archive: setup ## archiver throughput beside pg_receivewal
+	$(PY) -m benchmarks.archive --json
+
+clean: ## remove what make made (not the Debian packages)
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
