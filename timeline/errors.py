@@ -1,10 +1,10 @@
 """One tree of errors, split by what the reader should do about them.
 
-Every error carries one line for people, a hint that names the cure where there is one, and the exit code that the
-command line documents:
+Every error carries one line for people, a hint that names the cure where there is one, and the exit code that
+the command line documents:
 
-    1 failed · 2 usage · 3 target unreachable · 4 store damaged · 5 fenced · 6 a check did not pass ·
-    7 temporarily unavailable, try again
+1 failed · 2 usage · 3 target unreachable · 4 store damaged · 5 fenced · 6 a check did not pass · 7
+temporarily unavailable, try again
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class DamagedStore(TimelineError):
     exit_code = 4
 
     def __init__(self, key: str, offset: int, expectation: str, *, hint: str | None = None) -> None:
-        """``key``: the object; ``offset``: byte offset inside it; ``expectation``: what should have been there."""
+        """``key``: the object; ``offset``: byte offset inside it; ``expectation``: what should have been
+        there."""
         super().__init__(f"{key}: at byte {offset}: {expectation}", hint=hint)
         self.key = key
         self.offset = offset
@@ -61,6 +62,25 @@ class Fenced(TimelineError):
 
 class SplitBrain(Fenced):
     """Two servers claim the same tli with different bytes; nothing is spliced."""
+
+
+class LogConflict(TimelineError):
+    """A change does not fit the state of the branch log it was meant for: read the log again and decide
+    anew."""
+
+
+class UnknownFeature(TimelineError):
+    """The store, or an object of it, uses a feature this version does not know; the message names it."""
+
+    def __init__(self, where: str, feature: str, *, writing: bool = False) -> None:
+        """``where``: the object that requires it; ``writing``: reading would still be possible."""
+        verb = "written to" if writing else "read"
+        super().__init__(
+            f"{where}: cannot be {verb} without the feature {feature!r}, which this version does not know",
+            hint="use a newer version of tl",
+        )
+        self.where = where
+        self.feature = feature
 
 
 class CheckFailed(TimelineError):

@@ -1,9 +1,10 @@
 """Branch log: the numbered entries that say what belongs to a branch (SPEC.md, chapter 6).
 
 An entry is JSON: ``{"format": 1, "number": n, "branch": …, "writer": …, "nonce": …, "epoch": …, "at": micros,
-"change": {"kind": …, …}, "state": {…} | absent, "requires": [read features]}``. ``state`` is the complete state *after* the
-change. A writer includes it whenever it is smaller than 64 KiB and in any case in every entry whose number is a
-multiple of 100; a reader goes back from the newest entry to the nearest with a state and applies the changes since.
+"change": {"kind": …, …}, "state": {…} | absent, "requires": [read features]}``. ``state`` is the complete
+state *after* the change. A writer includes it whenever it is smaller than 64 KiB and in any case in every
+entry whose number is a multiple of 100; a reader goes back from the newest entry to the nearest with a state
+and applies the changes since.
 
 The change classes are pure: ``apply(state) -> state``.
 """
@@ -57,8 +58,8 @@ class Tli:
     sealed: Lsn
     """WAL of this tli below this is in packs (chunks below are void); ``start`` when nothing is sealed."""
     end: Lsn | None
-    """Where the source left it for another tli (the switch point); ``None`` while it is current. What was archived
-    beyond ``end`` is an orphan tail: kept, named, never spliced."""
+    """Where the source left it for another tli (the switch point); ``None`` while it is current. What was
+    archived beyond ``end`` is an orphan tail: kept, named, never spliced."""
     history: str | None
     """Text of its history file, verbatim."""
 

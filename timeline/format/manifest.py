@@ -1,8 +1,8 @@
 """Parquet manifests: page manifests, file listings and WAL manifests (SPEC.md, chapter 5).
 
-Every manifest is named by the BLAKE3 of its whole bytes. So that a reader may read a part and still verify it (P5), the
-reference to a manifest carries the length and digest of its footer (the Parquet footer with its trailing 8 bytes), and
-the footer's key-value metadata carries the byte range and digest of every row group.
+Every manifest is named by the BLAKE3 of its whole bytes. So that a reader may read a part and still verify it
+(P5), the reference to a manifest carries the length and digest of its footer (the Parquet footer with its
+trailing 8 bytes), and the footer's key-value metadata carries the byte range and digest of every row group.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class FileRow:
     mode: int
     """Permission bits."""
     content: bytes | None
-    """The whole content of a small file (at most 1 KiB, and global/pg_control); then no extents exist for it."""
+    """The whole content of a small file (at most 1 KiB, and global/pg_control); then no extents exist
+    for it."""
     target: str | None
     """Symlinks: as on the source (tablespaces: an absolute path of the *source*, never to be followed)."""
     born: Lsn

@@ -1,4 +1,5 @@
-"""What is worth knowing about a run of WAL without reading it again: values shared by chunks and WAL manifests.
+"""What is worth knowing about a run of WAL without reading it again: values shared by chunks and WAL
+manifests.
 
 The numbers come from the WAL scan (timeline/pg/wal.py); the encodings are in chunk.py and manifest.py.
 """
@@ -31,8 +32,8 @@ TOUCH_DTYPE = np.dtype(
         ("last", "<u8"),
     ]
 )
-"""One relation touched: tablespace, database and relfilenode; block references, of which full-page images; highest
-block (main fork); LSNs of the first and last record that touch it."""
+"""One relation touched: tablespace, database and relfilenode; block references, of which full-page images;
+highest block (main fork); LSNs of the first and last record that touch it."""
 
 CommitArray = npt.NDArray[np.void]
 TouchArray = npt.NDArray[np.void]
@@ -77,21 +78,22 @@ class WalEvent:
     name: str | None = None
     """Restore point: its name. Tablespace: its path on the source."""
     values: tuple[tuple[str, int], ...] = ()
-    """Named numbers of the record, e.g. PARAMETER_CHANGE: max_connections, wal_level, …; CHECKPOINT: redo, tli."""
+    """Named numbers of the record, e.g. PARAMETER_CHANGE: max_connections, wal_level, …; CHECKPOINT: redo,
+    tli."""
 
 
 @dataclass(frozen=True, slots=True)
 class WalIndex:
-    """Index of a run of WAL [start, end): the records that *complete* inside it (a record that began earlier and
-    ends here is counted here, a record that is unfinished at the end is not)."""
+    """Index of a run of WAL [start, end): the records that *complete* inside it (a record that began earlier
+    and ends here is counted here, a record that is unfinished at the end is not)."""
 
     last_record: Lsn
     """Start of the last complete record; 0 when no record completes in the run."""
     last_record_end: Lsn
     """Just after it, MAXALIGNed; 0 as above."""
     pending: Lsn
-    """Start of the record that is unfinished at the run's end; the run's end itself when the boundary is clean
-    (then the next record starts there or, if that is a page header, right after the header)."""
+    """Start of the record that is unfinished at the run's end; the run's end itself when the boundary is
+    clean (then the next record starts there or, if that is a page header, right after the header)."""
     records: int
     """How many records complete here."""
     commits: CommitArray

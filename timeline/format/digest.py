@@ -1,0 +1,18 @@
+"""BLAKE3, the digest of the format (SPEC.md, [DIG-1])."""
+
+from __future__ import annotations
+
+from blake3 import blake3
+
+DIGEST_KIND = "blake3"
+DIGEST_BYTES = 32
+
+
+def digest_of(data: bytes | bytearray | memoryview) -> bytes:
+    """BLAKE3 of the bytes, 32 bytes."""
+    return bytes(blake3(data).digest())
+
+
+def hex_digest_of(data: bytes | bytearray | memoryview) -> str:
+    """BLAKE3 of the bytes, 64 hex digits."""
+    return str(blake3(data).hexdigest())
