@@ -11,12 +11,25 @@ The change classes are pure: ``apply(state) -> state``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from timeline.clock import Micros
+from timeline.errors import DamagedStore, LogConflict, UnknownFeature
+from timeline.format import keys, sealed_json, value_json
+from timeline.format.features import check_readable
 from timeline.format.manifest import ManifestRef
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
+
+BASE = "base"
+BUILT = "built"
+"""The two kinds of snapshot."""
+
+STATE_EVERY = 100
+"""Every entry whose number is a multiple of this holds the state."""
+STATE_BYTES = 64 << 10
+"""States smaller than this are in every entry."""
+FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +180,40 @@ class BranchState:
     """Newest known; chunks may know a newer one."""
     progress: BackupProgress | None
 
+    @classmethod
+    def empty(cls, branch: str) -> BranchState:
+        """The state before the first entry: what the first change is applied to."""
+        return cls(branch, 0, (), (), 0, (), (), (), None, None)
+
+    def find_tli(self, number: int) -> Tli | None:
+        """That tli, ``None`` when the branch never had it."""
+        return next((tli for tli in self.tlis if tli.tli == number), None)
+
+    def after_gap(self, tli: int, lsn: int) -> Lsn:
+        """Where the WAL of a tli goes on at ``lsn``: the end of the gap that starts there, else ``lsn``
+        itself.
+
+        The chain of chunks and of sealed ranges is followed through this, and through nothing else, over a
+        gap.
+        """
+        position = Lsn(lsn)
+        for gap in sorted(self.gaps, key=lambda gap: gap.start):
+            if gap.tli == tli and gap.start == position:
+                position = gap.end
+        return position
+
 
 @dataclass(frozen=True, slots=True)
 class ClaimEpoch:
     """An archiver takes the branch: epoch + 1."""
 
     epoch: int
+
+    def apply(self, state: BranchState) -> BranchState:
+        """Raises LogConflict unless it is the next epoch."""
+        if self.epoch != state.epoch + 1:
+            raise LogConflict(f"epoch {self.epoch} cannot follow epoch {state.epoch}")
+        return replace(state, epoch=self.epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +223,53 @@ class Begin:
     incarnation: Incarnation
     tli: Tli
 
+    def apply(self, state: BranchState) -> BranchState:
+        """Ends the incarnation before it where this one starts. Raises LogConflict when the tli is known
+        already."""
+        if state.find_tli(self.tli.tli) is not None:
+            raise LogConflict(f"tli {self.tli.tli} is in the branch already")
+        if state.incarnations and self.incarnation.from_lsn < state.incarnations[-1].from_lsn:
+            raise LogConflict(
+                f"an incarnation cannot begin at {self.incarnation.from_lsn}, before the last one"
+            )
+        earlier = state.incarnations
+        if earlier and earlier[-1].to_lsn is None:
+            earlier = (*earlier[:-1], replace(earlier[-1], to_lsn=self.incarnation.from_lsn))
+        return replace(
+            state,
+            incarnations=(*earlier, self.incarnation),
+            tlis=(*state.tlis, self.tli),
+            current_tli=self.tli.tli,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class SwitchTli:
-    """The source moved from ``closed`` (ending at ``end``) to ``opened``."""
+    """The source moved from ``closed`` (ending at ``end``) to ``opened``.
+
+    ``closed`` need not be the current tli: a server restored from an earlier moment forks from that moment's
+    tli. Only the first fork from a tli ends it; a later one finds its place in ``opened.start``.
+    """
 
     closed: int
     end: Lsn
     opened: Tli
+
+    def apply(self, state: BranchState) -> BranchState:
+        """Raises LogConflict when ``closed`` is unknown, no parent of ``opened``, or ``opened`` known
+        already."""
+        closed = _known_tli(state, self.closed)
+        if self.opened.parent != self.closed:
+            raise LogConflict(
+                f"tli {self.opened.tli} forks from {self.opened.parent}, not from {self.closed}"
+            )
+        if state.find_tli(self.opened.tli) is not None:
+            raise LogConflict(f"tli {self.opened.tli} is in the branch already")
+        if self.end < closed.start:
+            raise LogConflict(f"tli {self.closed} starts at {closed.start} and cannot end at {self.end}")
+        if closed.end is None:
+            state = _with_tli(state, replace(closed, end=self.end))
+        return replace(state, tlis=(*state.tlis, self.opened), current_tli=self.opened.tli)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +279,45 @@ class Seal:
     sealed: SealedRange
     coverage: Coverage | None
 
+    def apply(self, state: BranchState) -> BranchState:
+        """Raises LogConflict unless the range starts where the tli's sealed WAL ends (after a gap there, if
+        any)."""
+        tli = _known_tli(state, self.sealed.tli)
+        start = state.after_gap(tli.tli, tli.sealed)
+        if self.sealed.start != start:
+            raise LogConflict(
+                f"tli {tli.tli} is sealed up to {start}; a range cannot start at {self.sealed.start}"
+            )
+        if self.sealed.end <= start:
+            raise LogConflict(f"a sealed range cannot end at {self.sealed.end}, where it starts at {start}")
+        if any(gap.tli == tli.tli and start <= gap.start < self.sealed.end for gap in state.gaps):
+            raise LogConflict(f"a sealed range cannot cross the gap between {start} and {self.sealed.end}")
+        state = _with_tli(state, replace(tli, sealed=self.sealed.end))
+        ranges = sorted((*state.sealed, self.sealed), key=lambda sealed: (sealed.tli, sealed.start))
+        return replace(state, sealed=tuple(ranges), coverage=_newer(state.coverage, self.coverage))
+
 
 @dataclass(frozen=True, slots=True)
 class AddSnapshot:
     """A snapshot is complete; ends any progress."""
 
     snapshot: Snapshot
+
+    def apply(self, state: BranchState) -> BranchState:
+        """Raises LogConflict when its id is taken, its tli unknown, or it contradicts itself."""
+        added = self.snapshot
+        _known_tli(state, added.tli)
+        if any(snapshot.id == added.id for snapshot in state.snapshots):
+            raise LogConflict(f"snapshot {added.id} is in the branch already")
+        if added.kind not in (BASE, BUILT):
+            raise LogConflict(f"no kind of snapshot: {added.kind}")
+        if added.end < added.lsn:
+            raise LogConflict(f"a snapshot replayed from {added.lsn} cannot be complete at {added.end}")
+        if (added.kind == BASE) != (added.backup_label is not None):
+            raise LogConflict(
+                f"snapshot {added.id}: a backup label belongs to a base backup, and to nothing else"
+            )
+        return replace(state, snapshots=(*state.snapshots, added), progress=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +326,10 @@ class RecordProgress:
 
     progress: BackupProgress | None
 
+    def apply(self, state: BranchState) -> BranchState:
+        """Never conflicts."""
+        return replace(state, progress=self.progress)
+
 
 @dataclass(frozen=True, slots=True)
 class Cover:
@@ -220,12 +337,29 @@ class Cover:
 
     coverage: Coverage
 
+    def apply(self, state: BranchState) -> BranchState:
+        """Keeps the newer one. Raises LogConflict when its tli is unknown."""
+        _known_tli(state, self.coverage.tli)
+        return replace(state, coverage=_newer(state.coverage, self.coverage))
+
 
 @dataclass(frozen=True, slots=True)
 class RecordGap:
     """WAL was lost; the tli goes on at ``gap.end``."""
 
     gap: Gap
+
+    def apply(self, state: BranchState) -> BranchState:
+        """Raises LogConflict when it is empty, in sealed WAL, overlaps another gap, or its tli is unknown."""
+        tli = _known_tli(state, self.gap.tli)
+        if self.gap.end <= self.gap.start:
+            raise LogConflict(f"a gap cannot end at {self.gap.end}, where it starts at {self.gap.start}")
+        if self.gap.start < tli.sealed:
+            raise LogConflict(f"WAL below {tli.sealed} is sealed; no gap can start at {self.gap.start}")
+        for other in state.gaps:
+            if other.tli == tli.tli and self.gap.start < other.end and other.start < self.gap.end:
+                raise LogConflict(f"the gap from {other.start} to {other.end} is recorded already")
+        return replace(state, gaps=(*state.gaps, self.gap))
 
 
 Change = ClaimEpoch | Begin | SwitchTli | Seal | AddSnapshot | RecordProgress | Cover | RecordGap
@@ -245,3 +379,127 @@ class LogEntry:
     at: Micros
     change: Change
     state: BranchState | None
+    """The state after the change; ``None`` where the writer left it out."""
+
+
+def encode_entry(entry: LogEntry) -> bytes:
+    """The object; leaves the state out when it is long and the number does not demand it.
+
+    Raises ValueError when the number demands a state and there is none, or the state is another branch's.
+    """
+    if entry.state is not None and entry.state.branch != entry.branch:
+        raise ValueError(f"an entry of {entry.branch} cannot hold the state of {entry.state.branch}")
+    if entry.state is None and entry.number % STATE_EVERY == 0:
+        raise ValueError(f"entry {entry.number} must hold the state")
+    members: dict[str, object] = {
+        "format": FORMAT,
+        "number": entry.number,
+        "branch": entry.branch,
+        "writer": entry.writer,
+        "nonce": entry.nonce,
+        "epoch": entry.epoch,
+        "at": entry.at,
+        "requires": [],
+        "change": {"kind": _KIND_OF[type(entry.change)], **value_json.to_json(entry.change)},
+    }
+    if entry.state is not None:
+        state = value_json.to_json(entry.state)
+        if entry.number % STATE_EVERY == 0 or len(sealed_json.compact(state)) < STATE_BYTES:
+            members["state"] = state
+    return sealed_json.encode(members)
+
+
+def decode_entry(data: bytes, key: str) -> LogEntry:
+    """The verified entry, which must be the one its key names; raises DamagedStore, UnknownFeature."""
+    members = sealed_json.decode(data, key)
+    if members.get("format") != FORMAT:
+        raise UnknownFeature(key, f"log format {members.get('format')}")
+    try:
+        check_readable(key, value_json.from_json(_Requires, members).requires)
+        plain = value_json.from_json(_Plain, members)
+        state = members.get("state")
+        entry = LogEntry(
+            number=plain.number,
+            branch=plain.branch,
+            writer=plain.writer,
+            nonce=plain.nonce,
+            epoch=plain.epoch,
+            at=plain.at,
+            change=_decode_change(members.get("change"), key),
+            state=None if state is None else value_json.from_json(BranchState, state),
+        )
+    except ValueError as error:
+        raise DamagedStore(key, 0, str(error)) from error
+    named = keys.parse_log_entry(key)
+    if named is not None and named != (entry.branch, entry.number):
+        raise DamagedStore(
+            key, 0, f"expected this key's entry, found number {entry.number} of {entry.branch}"
+        )
+    return entry
+
+
+def snapshot_to_json(snapshot: Snapshot) -> value_json.Json:
+    """The snapshot as the log writes it (plans and mounts carry it along)."""
+    return value_json.to_json(snapshot)
+
+
+def snapshot_from_json(value: value_json.Json) -> Snapshot:
+    """The snapshot; raises ValueError that says what was expected."""
+    return value_json.from_json(Snapshot, value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Requires:
+    requires: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """The members of an entry whose types do not depend on its change."""
+
+    number: int
+    branch: str
+    writer: str
+    nonce: str
+    epoch: int
+    at: Micros
+
+
+_CHANGES: dict[str, type[Change]] = {
+    "claim_epoch": ClaimEpoch,
+    "begin": Begin,
+    "switch_tli": SwitchTli,
+    "seal": Seal,
+    "add_snapshot": AddSnapshot,
+    "record_progress": RecordProgress,
+    "cover": Cover,
+    "record_gap": RecordGap,
+}
+_KIND_OF: dict[type[Change], str] = {change: kind for kind, change in _CHANGES.items()}
+
+
+def _decode_change(value: object, key: str) -> Change:
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        raise ValueError("change: expected an object with a kind")
+    kind = _CHANGES.get(value["kind"])
+    if kind is None:
+        raise UnknownFeature(key, f"change {value['kind']}")
+    return value_json.from_json(kind, value)
+
+
+def _known_tli(state: BranchState, number: int) -> Tli:
+    tli = state.find_tli(number)
+    if tli is None:
+        raise LogConflict(f"branch {state.branch} has no tli {number}")
+    return tli
+
+
+def _with_tli(state: BranchState, changed: Tli) -> BranchState:
+    return replace(state, tlis=tuple(changed if tli.tli == changed.tli else tli for tli in state.tlis))
+
+
+def _newer(known: Coverage | None, other: Coverage | None) -> Coverage | None:
+    """The later one by the source's clock; its tli breaks no tie, for one server's clock made both."""
+    if known is None or other is None:
+        return known or other
+    return other if (other.time, other.lsn) > (known.time, known.lsn) else known

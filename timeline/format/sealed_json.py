@@ -21,8 +21,13 @@ def encode(members: Mapping[str, object]) -> bytes:
     """The sealed object. ``members`` must not be empty nor contain ``sha256``."""
     if not members or "sha256" in members:
         raise ValueError("a sealed object needs members, and its digest is none of them")
-    body = json.dumps(members, separators=(",", ":"), allow_nan=False).encode()[:-1]
+    body = compact(members)[:-1]
     return body + b',"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
+
+
+def compact(value: object) -> bytes:
+    """The JSON of the value without white space, in ASCII."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
 def decode(data: bytes, key: str) -> dict[str, object]:
