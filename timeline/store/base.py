@@ -2,9 +2,10 @@
 
 Promises every implementation keeps (one conformance suite runs on all of them):
 
-- ``create`` is atomic and durable: when it returns, the whole object is there or another one was there first (P2).
-  Of any number of concurrent creates of one key exactly one returns ``True``. An ambiguous outcome (time-out, reset,
-  409, 5xx) is resolved inside by reading back and comparing; it never surfaces as a guess.
+- ``create`` is atomic and durable: when it returns, the whole object is there or another one was there first
+  (P2). Of any number of concurrent creates of one key with different bytes exactly one returns ``True``. An
+  ambiguous outcome (time-out, reset, 409, 5xx) is resolved inside by reading back and comparing; it never
+  surfaces as a guess: when even that fails the call raises ``Unavailable``, and the outcome is *unknown*.
 - ``get`` returns exactly the bytes asked for, or raises; it never returns fewer.
 - ``list`` is strongly consistent and in ascending byte order of the keys.
 - Only garbage collection calls ``delete``.
@@ -34,12 +35,12 @@ class Store(Protocol):
 
     @property
     def url(self) -> str:
-        """The URL that opens this store again (``file:///path`` or ``s3://bucket/prefix``), without secrets."""
+        """The URL that opens this store again, without secrets: ``file:///path`` or ``s3://bucket/prefix``."""
         ...
 
     async def create(self, key: str, data: bytes | memoryview) -> bool:
-        """Create the object durably. ``True``: it is mine (also when a lost answer was found to be mine by reading
-        back: the stored bytes equal ``data``). ``False``: another object with *different* bytes holds the key.
+        """Create the object durably. ``True``: it is mine (also when a lost answer was found to be mine by
+        reading back: the stored bytes equal ``data``). ``False``: other bytes hold the key.
 
         Equal bytes already there count as created: creating content-named objects twice is harmless.
         """
