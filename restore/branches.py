@@ -10,9 +10,10 @@ One directory per branch, ``branches/<id>/``::
     wal/             pg_wal
     postgres.log
 
-Crash behaviour: a name is taken by creating a symlink, which is atomic and exclusive. The kernel drops the lock
-of a process that dies, so a directory that says ``making`` or ``deleting`` while its lock is free is debris, and
-``debris()`` hands it over for removal. Names and directories change hands only under ``registry.lock``.
+Crash behaviour: a name is taken by creating a symlink, which is atomic and exclusive. The kernel drops the
+lock of a process that dies, so a directory that says ``making`` or ``deleting`` while its lock is free is
+debris, and ``debris()`` hands it over for removal. Names and directories change hands only under
+``registry.lock``.
 
 Nothing here waits longer than the bounds below, and nothing here touches mounts or processes.
 """
@@ -194,7 +195,7 @@ class Branches:
             shutil.rmtree(directory)
 
     def rename(self, branch: LocalBranch, name: str) -> LocalBranch:
-        """Give it another name (the caller holds the lock); raises UsageError when that is invalid or taken."""
+        """Give it another name, under its lock; raises UsageError when that is invalid or taken."""
         new_branch_name(name)
         with self._registry():
             renamed = dataclasses.replace(branch, name=self._free_name(name))

@@ -1,0 +1,200 @@
+"""Start and stop vanilla Postgres on a branch's data directory.
+
+The server is a process of its own in a session of its own: it outlives the caller. Ready is the word
+``ready`` in ``postmaster.pid``, read from the file and never by connecting: a reader that arrives during
+replay can cost committed rows (EDGE 56).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from restore.binaries import Binaries
+from restore.host import Host
+from restore.process import children, is_alive, send, start_time
+from timeline.clock import Clock
+from timeline.errors import TimelineError, Unavailable
+from timeline.format.log import Setting
+from timeline.lsn import Lsn
+from timeline.pg.control import CONTROL_FILE, parse_control
+from timeline.pg.segment import history_name, parse_history
+
+POLL_SECONDS = 0.005
+LOG_BYTES = 16 << 20
+"""A log larger than this is set aside (one old one is kept) at the next start."""
+_FAILURE_LOG_BYTES = 64 << 10
+_STATUS_LINE = 7
+_FAILURE = re.compile(r"(?:FATAL|PANIC):  (.*)")
+_DETAIL = re.compile(r"(?:DETAIL|HINT|CONTEXT):  (.*)")
+_KILL_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A data directory and what is needed to serve it."""
+
+    host: Host
+    binaries: Binaries
+    data: Path
+    log: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Postmaster:
+    """A server process."""
+
+    pid: int
+    started: str
+    """When the process began (restore/process.py)."""
+
+
+async def start(
+    instance: Instance, clock: Clock, *, options: Sequence[Setting] = (), ready_seconds: float
+) -> Postmaster:
+    """Start Postgres and wait until it is ready, at most ``ready_seconds``.
+
+    Raises TimelineError with Postgres's own words when it ends instead, Unavailable when the time is up.
+    Nothing of it is left running then, nor when the wait is cancelled.
+    """
+    # A file left by a crash may name a pid that belongs to someone else by now, and Postgres would give way.
+    (instance.data / "postmaster.pid").unlink(missing_ok=True)
+    process, log_offset = _spawn(instance, options)
+    postmaster = Postmaster(process.pid, start_time(process.pid) or "")
+    try:
+        await _wait_until_ready(instance, process, log_offset, clock, ready_seconds)
+    except BaseException:
+        await kill(postmaster, clock)
+        raise
+    finally:
+        # It outlives us: Popen must neither wait for it nor complain that we did not.
+        process.returncode = 0
+    return postmaster
+
+
+def _spawn(instance: Instance, options: Sequence[Setting]) -> tuple[subprocess.Popen[bytes], int]:
+    host = instance.host
+    arguments = [str(instance.binaries.postgres), "-D", str(instance.data)]
+    for option in options:
+        arguments += ["-c", f"{option.name}={option.value}"]
+    if instance.log.exists() and instance.log.stat().st_size > LOG_BYTES:
+        instance.log.replace(instance.log.with_suffix(".log.old"))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(instance.log, flags, 0o600), "ab") as log:
+        offset = log.tell()
+        try:
+            process = subprocess.Popen(
+                arguments,
+                cwd="/",
+                env=instance.binaries.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                umask=0o077,
+                user=host.account.uid if host.switches_user else None,
+                group=host.account.gid if host.switches_user else None,
+                extra_groups=list(host.account.groups) if host.switches_user else None,
+            )
+        except OSError as error:
+            raise TimelineError(
+                f"cannot run {instance.binaries.postgres} as user {host.account.name}: {error.strerror}"
+            ) from error
+    return process, offset
+
+
+async def _wait_until_ready(
+    instance: Instance,
+    process: subprocess.Popen[bytes],
+    log_offset: int,
+    clock: Clock,
+    ready_seconds: float,
+) -> None:
+    deadline = clock.monotonic() + ready_seconds
+    while True:
+        if process.poll() is not None:
+            raise _explain(instance, log_offset, process.returncode)
+        if _is_ready(instance.data, process.pid):
+            return
+        if clock.monotonic() >= deadline:
+            raise Unavailable(
+                f"Postgres was not ready within {ready_seconds:.0f} s", hint=f"its log is {instance.log}"
+            )
+        await clock.sleep(POLL_SECONDS)
+
+
+def _is_ready(data: Path, pid: int) -> bool:
+    try:
+        lines = (data / "postmaster.pid").read_text().split("\n")
+    except FileNotFoundError:
+        return False
+    return lines[0] == str(pid) and len(lines) > _STATUS_LINE and lines[_STATUS_LINE].strip() == "ready"
+
+
+def _explain(instance: Instance, log_offset: int, code: int) -> TimelineError:
+    """Why it ended, in its own words: the first FATAL or PANIC of this start, with its hint."""
+    with instance.log.open("rb") as log:
+        log.seek(log_offset)
+        lines = log.read(_FAILURE_LOG_BYTES).decode(errors="replace").splitlines()
+    for number, line in enumerate(lines):
+        failure = _FAILURE.search(line)
+        if failure is None:
+            continue
+        following = [_DETAIL.search(later) for later in lines[number + 1 : number + 4]]
+        more = "; ".join(match[1] for match in following if match)
+        return TimelineError(
+            f"Postgres could not start: {failure[1]}" + (f" ({more})" if more else ""),
+            hint=f"its log is {instance.log}",
+        )
+    last = lines[-1] if lines else "it said nothing"
+    return TimelineError(
+        f"Postgres ended with {code} before it was ready: {last}", hint=f"its log is {instance.log}"
+    )
+
+
+async def stop(postmaster: Postmaster, clock: Clock, *, seconds: float) -> None:
+    """Shut down in an orderly way (sessions are ended, a checkpoint is written); killed after ``seconds``."""
+    if not send(postmaster.pid, postmaster.started, signal.SIGINT):
+        return
+    if not await _wait_until_gone(postmaster, clock, seconds):
+        await kill(postmaster, clock)
+
+
+async def kill(postmaster: Postmaster, clock: Clock) -> None:
+    """End it now, as a crash would, with all its children. Raises TimelineError when even that fails."""
+    family = children(postmaster.pid)
+    if send(postmaster.pid, postmaster.started, signal.SIGQUIT):
+        await _wait_until_gone(postmaster, clock, _KILL_SECONDS / 2)
+    send(postmaster.pid, postmaster.started, signal.SIGKILL)
+    for pid, started in family:
+        send(pid, started, signal.SIGKILL)
+    for pid, started in ((postmaster.pid, postmaster.started), *family):
+        if not await _wait_until_gone(Postmaster(pid, started), clock, _KILL_SECONDS):
+            raise TimelineError(f"process {pid} survives SIGKILL", hint="it hangs in the kernel: see dmesg")
+
+
+async def _wait_until_gone(postmaster: Postmaster, clock: Clock, seconds: float) -> bool:
+    deadline = clock.monotonic() + seconds
+    while is_alive(postmaster.pid, postmaster.started):
+        if clock.monotonic() >= deadline:
+            return False
+        await clock.sleep(POLL_SECONDS)
+    return True
+
+
+def promoted_at(data: Path, wal: Path) -> tuple[int, Lsn]:
+    """The tli a branch is on after its first start, and where it left its parent's WAL.
+
+    Raises TimelineError when the server has not left its parent's tli.
+    """
+    control = parse_control((data / CONTROL_FILE).read_bytes())
+    path = wal / history_name(control.tli)
+    rows = parse_history(path.read_text()) if path.exists() else ()
+    if not rows:
+        raise TimelineError(f"the branch was not promoted: {path.name} is missing")
+    return control.tli, rows[-1].end
