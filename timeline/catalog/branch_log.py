@@ -1,0 +1,226 @@
+"""The branch log: reading its head, and committing the next change to it.
+
+Consistency: creating the next number *is* the commit, and of any number of writers who try one number
+exactly one creates it. So every entry was computed from the entry before it, and a change is checked
+(``Change.apply``) against exactly the state it lands on.
+
+Crash and cancellation: an append that is interrupted has either happened as a whole or not at all; the caller
+finds out by loading the log again. ``Unavailable`` out of ``append`` means the same: unknown until read back.
+
+Zombies: a writer that slept between reading the head and creating its number may find that number free
+again, because the collector removed it long after it was superseded. So after creating, a writer lists once
+more. When the newest entry is not its own, then either others have built on it in the meantime, or it was
+never part of the log; ``_stands_in`` tells which by replaying the entries since.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+from timeline.catalog.parallel import in_parallel
+from timeline.clock import Clock
+from timeline.errors import DamagedStore, Fenced, LogConflict, MissingObject, NotFound, Unavailable
+from timeline.format import keys
+from timeline.format.log import (
+    STATE_EVERY,
+    BranchState,
+    Change,
+    ClaimEpoch,
+    LogEntry,
+    decode_entry,
+    encode_entry,
+)
+from timeline.store.base import Store
+
+ATTEMPTS = 24
+"""An append is given up after losing so many races."""
+_WAIT_SECONDS = 0.02
+"""Upper bound of the random wait after the first lost race; doubles up to _LONGEST_WAIT_SECONDS."""
+_LONGEST_WAIT_SECONDS = 2.0
+_GETS = 16
+"""Entries fetched at once while walking back."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogHead:
+    """The newest entry's number and the state after it."""
+
+    number: int
+    state: BranchState
+
+
+class BranchLog:
+    """The log of one branch; reading needs read and list permission only (P10)."""
+
+    def __init__(self, store: Store, branch: str, clock: Clock, writer: str) -> None:
+        """``writer``: random id of this process's run, written into every entry."""
+        self._store = store
+        self._clock = clock
+        self._writer = writer
+        self.branch = branch
+
+    async def load(self) -> LogHead | None:
+        """The head; ``None`` for a branch that was never begun.
+
+        Costs one LIST and one GET while states are small, else up to 100 GETs. Raises DamagedStore,
+        MissingObject.
+        """
+        try:
+            return await self._load_once()
+        except NotFound:
+            # The collector may have removed what an already superseded head was built on.
+            pass
+        try:
+            return await self._load_once()
+        except NotFound as error:
+            raise MissingObject(error.key) from error
+
+    async def append(self, change: Change, *, epoch: int = 0) -> LogHead:
+        """Commit a change; the newest head, which includes it and perhaps later changes of others.
+
+        ``epoch``: the archiver's own, 0 for everybody else (P4). Raises Fenced when the branch has a higher
+        one, LogConflict when the change does not fit the state (any more), Unavailable after ATTEMPTS lost
+        races.
+        """
+        for attempt in range(ATTEMPTS):
+            head = await self.load()
+            state = head.state if head is not None else BranchState.empty(self.branch)
+            _check_epoch(state, change, epoch)
+            entry = LogEntry(
+                number=head.number + 1 if head is not None else 0,
+                branch=self.branch,
+                writer=self._writer,
+                nonce=self._clock.token(16),
+                epoch=epoch,
+                at=self._clock.now(),
+                change=change,
+                state=change.apply(state),
+            )
+            if await self._store.create(keys.log_entry(self.branch, entry.number), encode_entry(entry)):
+                newest = await self._confirm(entry)
+                if newest is not None:
+                    if newest.state.epoch > epoch > 0:
+                        raise _fenced(self.branch, newest.state, epoch)
+                    return newest
+            await self._clock.sleep(
+                self._clock.random() * min(_LONGEST_WAIT_SECONDS, _WAIT_SECONDS * 2.0**attempt)
+            )
+        raise Unavailable(
+            f"branch {self.branch}: lost the race for the next log entry {ATTEMPTS} times",
+            hint="many writers at once; try again",
+        )
+
+    async def claim_epoch(self) -> tuple[int, LogHead]:
+        """Take the branch over as its archiver: the new epoch, and the head with it.
+
+        From then on every archiver of an earlier epoch is fenced. Raises Fenced when another one claimed a
+        still higher epoch at the same moment, Unavailable after ATTEMPTS lost races.
+        """
+        for _ in range(ATTEMPTS):
+            head = await self.load()
+            epoch = (head.state.epoch if head is not None else 0) + 1
+            try:
+                return epoch, await self.append(ClaimEpoch(epoch), epoch=epoch)
+            except LogConflict:
+                # Somebody else took this very epoch between load and append; the next one may still be free.
+                await self._clock.sleep(self._clock.random() * _WAIT_SECONDS)
+        raise Unavailable(f"branch {self.branch}: lost the race for an epoch {ATTEMPTS} times")
+
+    async def _load_once(self) -> LogHead | None:
+        number = await self._newest_number()
+        return None if number is None else await self._head_at(number)
+
+    async def _newest_number(self) -> int | None:
+        prefix = keys.log_prefix(self.branch)
+        listed = await self._store.list(prefix, limit=1)
+        if not listed:
+            return None
+        parsed = keys.parse_log_entry(listed[0].key)
+        if parsed is None:
+            raise DamagedStore(listed[0].key, 0, "expected nothing but log entries here")
+        return parsed[1]
+
+    async def _head_at(self, newest: int) -> LogHead:
+        entry = await self._entry(newest)
+        since: list[LogEntry] = []
+        earlier: list[LogEntry] = []
+        while entry.state is None:
+            if entry.number % STATE_EVERY == 0:
+                raise DamagedStore(
+                    keys.log_entry(self.branch, entry.number), 0, f"expected a state in entry {entry.number}"
+                )
+            since.append(entry)
+            if not earlier:
+                checkpoint = entry.number - entry.number % STATE_EVERY
+                earlier = await self._entries(range(max(entry.number - _GETS, checkpoint), entry.number))
+            entry = earlier.pop()
+        return LogHead(newest, _replay(entry.state, since[::-1]))
+
+    async def _entries(self, numbers: range) -> list[LogEntry]:
+        return await in_parallel(numbers, self._entry, limit=_GETS)
+
+    async def _entry(self, number: int) -> LogEntry:
+        key = keys.log_entry(self.branch, number)
+        return decode_entry(await self._store.get(key), key)
+
+    async def _confirm(self, mine: LogEntry) -> LogHead | None:
+        """The newest head if my entry is part of the log, ``None`` if it never was (see Zombies above)."""
+        newest = await self._newest_number()
+        if newest == mine.number and mine.state is not None:
+            return LogHead(mine.number, mine.state)
+        if newest is None or newest < mine.number:
+            raise DamagedStore(
+                keys.log_entry(self.branch, mine.number), 0, "expected the entry just created in a listing"
+            )
+        try:
+            head = await self._head_at(newest)
+            return head if await self._stands_in(mine, newest) else None
+        except NotFound:
+            return None
+
+    async def _stands_in(self, mine: LogEntry, newest: int) -> bool:
+        """Whether the entries up to ``newest`` were built on mine.
+
+        A state written after mine must be what my state becomes through the changes in between; entries
+        without a state are read through mine anyway. Raises NotFound when entries after mine are gone: then
+        mine is void.
+        """
+        if mine.state is None:
+            raise ValueError("an entry of one's own has its state")
+        state = mine.state
+        for first in range(mine.number + 1, newest + 1, _GETS):
+            for entry in await self._entries(range(first, min(first + _GETS, newest + 1))):
+                try:
+                    state = entry.change.apply(state)
+                except LogConflict:
+                    return False
+                if entry.state is not None:
+                    return entry.state == state
+        return True
+
+
+def _replay(state: BranchState, entries: list[LogEntry]) -> BranchState:
+    try:
+        return reduce(lambda before, entry: entry.change.apply(before), entries, state)
+    except LogConflict as error:
+        newest = entries[-1]
+        raise DamagedStore(
+            keys.log_entry(newest.branch, newest.number), 0, f"expected changes that follow: {error}"
+        ) from error
+
+
+def _check_epoch(state: BranchState, change: Change, epoch: int) -> None:
+    if epoch == 0:
+        return
+    if state.epoch > epoch:
+        raise _fenced(state.branch, state, epoch)
+    if state.epoch < epoch and not isinstance(change, ClaimEpoch):
+        raise LogConflict(f"epoch {epoch} of branch {state.branch} was never claimed")
+
+
+def _fenced(branch: str, state: BranchState, epoch: int) -> Fenced:
+    return Fenced(
+        f"branch {branch}: another archiver took over (its epoch is {state.epoch}, mine {epoch})",
+        hint="stop one of the two archivers",
+    )
