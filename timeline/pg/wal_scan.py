@@ -12,6 +12,8 @@ Sources: src/include/access/xlogrecord.h, xlog_internal.h, xact.h; src/backend/a
 src/backend/access/rmgrdesc/xactdesc.c.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -114,22 +116,22 @@ def _kernel(function: Callable[..., Any]) -> Any:
 
 
 @_inline
-def _u16(b, o):  # type: ignore[no-untyped-def]
+def _u16(b, o):
     return np.int64(b[o]) | np.int64(b[o + 1]) << 8
 
 
 @_inline
-def _u32(b, o):  # type: ignore[no-untyped-def]
+def _u32(b, o):
     return np.int64(b[o]) | np.int64(b[o + 1]) << 8 | np.int64(b[o + 2]) << 16 | np.int64(b[o + 3]) << 24
 
 
 @_inline
-def _i64(b, o):  # type: ignore[no-untyped-def]
+def _i64(b, o):
     return _u32(b, o) | _u32(b, o + 4) << 32
 
 
 @_inline
-def _major_of(magic):  # type: ignore[no-untyped-def]
+def _major_of(magic):
     if magic == 0xD10D:
         return 14
     if magic == 0xD110:
@@ -144,13 +146,13 @@ def _major_of(magic):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _ends_transaction(rmid, info):  # type: ignore[no-untyped-def]
+def _ends_transaction(rmid, info):
     op = info & 0x70
     return rmid == _RM_XACT and (op == 0x00 or op == 0x20 or op == 0x30 or op == 0x40)
 
 
 @_inline
-def _is_event(rmid, info):  # type: ignore[no-untyped-def]
+def _is_event(rmid, info):
     """Whether such a record is reported with its main data."""
     op = info & 0xF0
     if rmid == _RM_XLOG:
@@ -161,7 +163,7 @@ def _is_event(rmid, info):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _field_bytes(stage):  # type: ignore[no-untyped-def]
+def _field_bytes(stage):
     if stage in (ID, MAIN_SHORT):
         return 1
     if stage in (HOLE, ORIGIN):
@@ -180,7 +182,7 @@ def _field_bytes(stage):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _fail(st, code, lsn, got, wanted):  # type: ignore[no-untyped-def]
+def _fail(st, code, lsn, got, wanted):
     st[ERROR] = code
     st[ERROR_LSN] = lsn
     st[ERROR_GOT] = got
@@ -188,7 +190,7 @@ def _fail(st, code, lsn, got, wanted):  # type: ignore[no-untyped-def]
 
 
 @_inline
-def _check_page(header, page, stage, left, st):  # type: ignore[no-untyped-def]
+def _check_page(header, page, stage, left, st):
     """Judge a complete page header; the stage to go on with. A failure is left in the state."""
     magic = _u16(header, 0)
     flags = _u16(header, 2)
@@ -251,8 +253,8 @@ def _check_page(header, page, stage, left, st):  # type: ignore[no-untyped-def]
     return stage
 
 
-@_kernel def scan(data, begin, st, header, field, record_refs, main, refs, commits, events, event_bytes):  #
-type: ignore[no-untyped-def]
+@_kernel
+def scan(data, begin, st, header, field, record_refs, main, refs, commits, events, event_bytes):
     """Run the machine over ``data[begin:]``: (index where it stopped, DONE | FULL | FAILED).
 
     FULL: an output has no room for the record just completed; drain the outputs and call again.
@@ -615,11 +617,11 @@ type: ignore[no-untyped-def]
 
 
 @_kernel
-def tally(refs, begin, end, table, slots, used):  # type: ignore[no-untyped-def]
+def tally(refs, begin, end, table, slots, used):
     """Add references to the relations' table (TOUCH_COLUMNS): (index where it stopped, rows used).
 
     It stops early when the table has no row left. ``slots``: open-addressing hash of row numbers, -1 for
-    empty; a power of two, at least twice the table's rows. """
+    empty; a power of two, at least twice the table's rows."""
     mask = slots.shape[0] - 1
     last = -1
     for i in range(begin, end):
@@ -657,7 +659,7 @@ def tally(refs, begin, end, table, slots, used):  # type: ignore[no-untyped-def]
 
 
 @_kernel
-def keep_first(refs, begin, end, table, slots, used):  # type: ignore[no-untyped-def]
+def keep_first(refs, begin, end, table, slots, used):
     """Append the first reference to each block (BLOCK_COLUMNS); results and ``slots`` as for ``tally``."""
     mask = slots.shape[0] - 1
     for i in range(begin, end):
@@ -695,7 +697,7 @@ def keep_first(refs, begin, end, table, slots, used):  # type: ignore[no-untyped
 
 
 @_kernel
-def fill_slots(table, used, slots, with_block):  # type: ignore[no-untyped-def]
+def fill_slots(table, used, slots, with_block):
     """Hash the rows of a grown table again, as ``tally`` (or, ``with_block``, ``keep_first``) does."""
     mask = slots.shape[0] - 1
     for t in range(used):
