@@ -30,8 +30,8 @@ class ManifestRef:
     footer_digest: str
     """BLAKE3 of those bytes, hex."""
     lsn: Lsn | None = None
-    """Page manifests in ``Snapshot.pages``: the LSN of the snapshot they were written for; one older than a file's
-    ``born`` says nothing of that file. ``None``: belongs to every file (a full manifest)."""
+    """Page manifests in ``Snapshot.pages``: the LSN of the snapshot they were written for; one older than a
+    file's ``born`` says nothing of that file. ``None``: belongs to every file (a full manifest)."""
 
 
 @dataclass(frozen=True, slots=True)
