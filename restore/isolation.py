@@ -1,9 +1,9 @@
 """Cut what would lead from a fresh branch to other servers, before anyone is offered it (P8, EDGE 62).
 
 Subscriptions are disabled and lose slot name and connection string: ``DROP SUBSCRIPTION`` would drop
-*production's* slot, and, while a table is still synchronising, even without a slot name its connection is used
-to drop more of them. Foreign servers and user mappings only act when a query names them, so they are listed and
-left.
+*production's* slot, and, while a table is still synchronising, even without a slot name its connection is
+used to drop more of them. Foreign servers and user mappings only act when a query names them, so they are
+listed and left.
 
 Files are looked at first: a branch without any of this is not connected to at all. A collation version that
 differs from the source's is told per database (EDGE 47).
