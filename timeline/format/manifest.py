@@ -3,6 +3,9 @@
 Every manifest is named by the BLAKE3 of its whole bytes. So that a reader may read a part and still verify it
 (P5), the reference to a manifest carries the length and digest of its footer (the Parquet footer with its
 trailing 8 bytes), and the footer's key-value metadata carries the byte range and digest of every row group.
+
+Values only: what depends on Parquet is in page_manifest.py, file_listing.py and wal_manifest.py, so that the
+log and the chunks can be read without importing pyarrow.
 """
 
 from __future__ import annotations
