@@ -93,7 +93,7 @@ def previous_record(wal: Buffer, start: Lsn, at: Lsn) -> Lsn:
 def find_tablespace_creates(
     wal: Buffer, start: Lsn, segment_bytes: int, *, major: int | None = None
 ) -> tuple[Lsn, ...]:
-    """Where the Tablespace/CREATE records that are complete in ``wal`` start, from reading every record in it.
+    """Where the complete Tablespace/CREATE records of ``wal`` start, from reading every record in it.
 
     Owes nothing to any index. ``start``: a record boundary or a page start; a record that began before is not
     seen, nor one that is cut off at the end: give all the WAL that is replayed, in one piece. ``major`` as
@@ -112,7 +112,7 @@ def find_tablespace_creates(
 def tablespace_patches(
     wal: Buffer, start: Lsn, segment_bytes: int, creates: Iterable[int]
 ) -> tuple[Patch, ...]:
-    """What blanks the paths of the Tablespace/CREATE records at ``creates``; none for a path that is empty already.
+    """What blanks the paths of the Tablespace/CREATE records at ``creates``; none where one is empty already.
 
     Patches never cover a page header, so each lies within one page. Raises WalFormatError for a position that
     is not an intact Tablespace/CREATE record wholly in ``wal``.
@@ -149,14 +149,14 @@ def apply_patches(wal: bytearray | memoryview, start: Lsn, patches: Sequence[Pat
 def blank_tablespace_creates(
     wal: bytearray | memoryview, start: Lsn, segment_bytes: int, creates: Iterable[int]
 ) -> None:
-    """Blank the paths of the records at ``creates`` in place, all or none; failures as ``tablespace_patches``."""
+    """Blank the paths of the records at ``creates``, all or none; failures as ``tablespace_patches``."""
     apply_patches(wal, start, tablespace_patches(wal, start, segment_bytes, creates))
 
 
 def noop_record(
     at: Lsn, *, previous: Lsn, tli: int, major: int, system_identifier: int, segment_bytes: int
 ) -> ForgedRecord:
-    """An XLOG_NOOP to follow the last record of some WAL, so that a recovery target has a record to be reached by.
+    """An XLOG_NOOP to follow the last record of some WAL: a recovery target needs a record to reach it.
 
     ``at``: the end of that record as the scanner reports it (after XLOG_SWITCH: the end of its segment);
     ``previous``: its start; the rest names the cluster, for page headers. Replay of a NOOP changes nothing
@@ -239,8 +239,8 @@ def _read(wal: Buffer, start: Lsn, at: Lsn, count: int, segment_bytes: int | Non
 
     Without ``segment_bytes`` a page's own flag tells the size of its header.
     """
-    if at % 8 or at < start:
-        raise WalFormatError(at, f"expected a record at or after {start}")
+    if at % 8 or at < start or 0 < at % PAGE_BYTES < 24:
+        raise WalFormatError(at, f"expected the place of a record, at or after {start}")
     out = bytearray()
     lsn = int(at)
     while len(out) < count:
