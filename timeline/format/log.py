@@ -88,6 +88,9 @@ class SealedRange:
     min_commit_time: Micros | None
     max_commit_time: Micros | None
     commits: int
+    restore_points: int | None = None
+    """How many it holds, so that a search for one reads only the manifests that have any; ``None``: not
+    counted."""
 
 
 @dataclass(frozen=True, slots=True)
