@@ -1,0 +1,355 @@
+"""Verified extents from packs: one request for each, adjacent ones in one ranged read.
+
+Promises: every extent returned had its BLAKE3 checked (P5); of any number of callers that want one extent at
+once, one request is made; what is asked for within one step of the event loop and lies close together in one
+pack is one request. Bounds: MAX_REQUESTS requests in flight, MAX_BACKGROUND of them for what nobody waits for
+yet, MAX_RUN_BYTES each; MEMORY_BYTES of raw extents kept; MAX_STORING_BYTES waiting to be written to the disk
+cache (above it they are not written at all). Failures: a store that does not answer is asked again until
+``patience_seconds`` are over, then Unavailable; a damaged extent is fetched once more, then DamagedStore;
+NotFound at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from restore.cache import DiskCache, WouldBlock
+from timeline.clock import Clock
+from timeline.errors import DamagedStore, TimelineError, Unavailable
+from timeline.format import keys
+from timeline.format.digest import digest_of
+from timeline.format.extent import ExtentRef, decode_extent
+from timeline.store.base import Store
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+MAX_REQUESTS = 32
+MAX_BACKGROUND = 24
+MAX_RUN_BYTES = 1 << 20
+MAX_GAP_BYTES = 32 << 10
+"""Bytes nobody asked for that are read rather than making another request."""
+MEMORY_BYTES = 16 << 20
+MAX_STORING_BYTES = 32 << 20
+MAX_QUEUED_EXTENTS = 4096
+"""Background extents waiting or under way; more are refused, for read-ahead is only a help."""
+REQUEST_SECONDS = 30.0
+"""A request without an answer for this long counts as failed."""
+
+_INLINE_EXTENTS = 2
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a mount did so far; all since its start."""
+
+    requests: int = 0
+    """Ranged reads of the store."""
+    fetched_bytes: int = 0
+    """Bytes those returned."""
+    extents: int = 0
+    """Extents taken from them."""
+    memory_hits: int = 0
+    disk_hits: int = 0
+    failures: int = 0
+    """Requests that failed, retried ones included."""
+
+
+@dataclass(slots=True)
+class _Flight:
+    ref: ExtentRef
+    background: bool
+    future: asyncio.Future[bytes]
+
+
+class Fetcher:
+    """Extents of one store, through memory, the host's disk cache and ranged reads."""
+
+    def __init__(
+        self,
+        store: Store,
+        cache: DiskCache,
+        clock: Clock,
+        pool: ThreadPoolExecutor,
+        counters: Counters,
+        *,
+        patience_seconds: float = 90.0,
+    ) -> None:
+        self._store = store
+        self._cache = cache
+        self._clock = clock
+        self._pool = pool
+        self.counters = counters
+        self._patience_seconds = patience_seconds
+        self._memory: OrderedDict[bytes, bytes] = OrderedDict()
+        self._memory_bytes = 0
+        self._flights: dict[bytes, _Flight] = {}
+        self._queue: list[_Flight] = []
+        self._dispatching = False
+        self._requests = asyncio.Semaphore(MAX_REQUESTS)
+        self._background = asyncio.Semaphore(MAX_BACKGROUND)
+        self._storing_bytes = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def peek(self, ref: ExtentRef) -> bytes | None:
+        """The extent, if it can be had without waiting."""
+        raw = self._memory.get(ref.digest)
+        if raw is not None:
+            self._memory.move_to_end(ref.digest)
+            self.counters.memory_hits += 1
+            return raw
+        try:
+            raw = self._cache.load(ref.digest, wait=False)
+        except WouldBlock:
+            return None
+        if raw is not None:
+            self.counters.disk_hits += 1
+            self._remember(ref.digest, raw)
+        return raw
+
+    async def fetch(self, ref: ExtentRef) -> bytes:
+        """The extent; raises Unavailable, DamagedStore, NotFound."""
+        deadline = self._clock.monotonic() + self._patience_seconds
+        pause = _FIRST_PAUSE_SECONDS
+        damaged = False
+        while True:
+            raw = self.peek(ref)
+            if raw is not None:
+                return raw
+            try:
+                return await asyncio.shield(self._flight(ref, background=False).future)
+            except DamagedStore:
+                if damaged:
+                    raise
+                damaged = True
+            except Unavailable as error:
+                pause = await self._wait(error, pause, deadline)
+
+    def prefetch(self, refs: Sequence[ExtentRef]) -> int:
+        """Begin to fetch with nobody waiting; how many were taken on. Failures are for the next reader."""
+        taken = 0
+        for ref in refs:
+            if len(self._flights) >= MAX_QUEUED_EXTENTS:
+                break
+            if ref.digest in self._memory or ref.digest in self._flights or self._cache.has(ref.digest):
+                continue
+            self._flight(ref, background=True)
+            taken += 1
+        return taken
+
+    async def fetch_all(self, refs: Sequence[ExtentRef], *, max_gap_bytes: int, max_run_bytes: int) -> None:
+        """Bring all of them into memory and cache in few large requests; raises what a request raised."""
+        missing = [ref for ref in refs if ref.digest not in self._flights and self.peek(ref) is None]
+        flights = [self._register(ref, background=True) for ref in missing]
+        runs = coalesce(flights, max_gap_bytes=max_gap_bytes, max_run_bytes=max_run_bytes)
+        try:
+            await asyncio.gather(*(self._run(run) for run in runs))
+        finally:
+            for flight in flights:
+                if not flight.future.done():
+                    self._land(flight, Unavailable("the fetch was given up"))
+        for flight in flights:
+            flight.future.result()
+
+    async def in_thread(self, work: Callable[[], _T]) -> _T:
+        """Run blocking or long work in the bounded pool."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    async def read_part(self, key: str, start: int, length: int, digest: bytes) -> bytes:
+        """A range of an object with that BLAKE3, through the disk cache, as patient as for extents.
+
+        Raises Unavailable, NotFound, DamagedStore.
+        """
+        if self._cache.has(digest):
+            cached = await self.in_thread(lambda: self._cache.load(digest))
+            if cached is not None:
+                self.counters.disk_hits += 1
+                return cached
+        deadline = self._clock.monotonic() + self._patience_seconds
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                async with self._requests:
+                    data = await self._get(key, start, length)
+                break
+            except Unavailable as error:
+                pause = await self._wait(error, pause, deadline)
+        if await self.in_thread(lambda: digest_of(data)) != digest:
+            raise DamagedStore(key, start, f"expected {length} bytes with BLAKE3 {digest.hex()}")
+        self._keep_on_disk(digest, data)
+        return data
+
+    async def aclose(self) -> None:
+        """Wait for what is under way."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    async def _wait(self, error: Unavailable, pause: float, deadline: float) -> float:
+        """Sleep before another try; the next pause. Raises the error when the deadline would pass."""
+        if self._clock.monotonic() + pause >= deadline:
+            raise error
+        _log.warning("waiting for the store: %s", error.message)
+        await self._clock.sleep(pause * (0.5 + self._clock.random()))
+        return min(pause * 2, _LONGEST_PAUSE_SECONDS)
+
+    def _flight(self, ref: ExtentRef, *, background: bool) -> _Flight:
+        flight = self._flights.get(ref.digest)
+        if flight is None:
+            flight = self._register(ref, background=background)
+            self._queue.append(flight)
+            if not self._dispatching:
+                self._dispatching = True
+                asyncio.get_running_loop().call_soon(self._dispatch)
+        elif not background:
+            flight.background = False
+        return flight
+
+    def _register(self, ref: ExtentRef, *, background: bool) -> _Flight:
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(_retrieve)
+        flight = _Flight(ref, background, future)
+        self._flights[ref.digest] = flight
+        return flight
+
+    def _dispatch(self) -> None:
+        self._dispatching = False
+        queue, self._queue = self._queue, []
+        for background in (False, True):
+            flights = [flight for flight in queue if flight.background is background]
+            for run in coalesce(flights, max_gap_bytes=MAX_GAP_BYTES, max_run_bytes=MAX_RUN_BYTES):
+                task = asyncio.get_running_loop().create_task(self._run(run))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, run: list[_Flight]) -> None:
+        """Resolve the flights of one run; every one of them is resolved, whatever happens."""
+        try:
+            run = await self._from_disk(run)
+            if not run:
+                return
+            if all(flight.background for flight in run):
+                async with self._background, self._requests:
+                    await self._read_run(run)
+            else:
+                async with self._requests:
+                    await self._read_run(run)
+        except TimelineError as error:
+            for flight in run:
+                self._land(flight, error)
+        finally:
+            for flight in run:
+                if not flight.future.done():
+                    self._land(flight, Unavailable("the fetch was given up"))
+
+    async def _from_disk(self, run: list[_Flight]) -> list[_Flight]:
+        """Land what the disk cache holds; the rest of the run."""
+        held = [flight for flight in run if self._cache.has(flight.ref.digest)]
+        if not held:
+            return run
+        loaded = await self.in_thread(lambda: [self._cache.load(flight.ref.digest) for flight in held])
+        for flight, raw in zip(held, loaded, strict=True):
+            if raw is not None:
+                self.counters.disk_hits += 1
+                self._land(flight, raw)
+        return [flight for flight in run if not flight.future.done()]
+
+    async def _read_run(self, run: list[_Flight]) -> None:
+        pack = run[0].ref.pack
+        start = min(flight.ref.offset for flight in run)
+        end = max(flight.ref.offset + flight.ref.stored_bytes for flight in run)
+        key = keys.pack(pack)
+        data = memoryview(await self._get(key, start, end - start))
+
+        def decode() -> list[bytes | DamagedStore]:
+            return [_decode(data, start, flight.ref, key) for flight in run]
+
+        outcomes = decode() if len(run) <= _INLINE_EXTENTS else await self.in_thread(decode)
+        for flight, outcome in zip(run, outcomes, strict=True):
+            if isinstance(outcome, bytes):
+                self.counters.extents += 1
+                self._keep_on_disk(flight.ref.digest, outcome)
+            self._land(flight, outcome)
+
+    async def _get(self, key: str, start: int, length: int) -> bytes:
+        try:
+            async with asyncio.timeout(REQUEST_SECONDS):
+                data = await self._store.get(key, start, length)
+        except TimeoutError:
+            self.counters.failures += 1
+            raise Unavailable(f"{key}: no answer from the store within {REQUEST_SECONDS:.0f} s") from None
+        except TimelineError:
+            self.counters.failures += 1
+            raise
+        self.counters.requests += 1
+        self.counters.fetched_bytes += len(data)
+        return data
+
+    def _land(self, flight: _Flight, outcome: bytes | TimelineError) -> None:
+        self._flights.pop(flight.ref.digest, None)
+        if isinstance(outcome, bytes):
+            self._remember(flight.ref.digest, outcome)
+            flight.future.set_result(outcome)
+        else:
+            flight.future.set_exception(outcome)
+
+    def _remember(self, digest: bytes, raw: bytes) -> None:
+        if digest in self._memory:
+            return
+        self._memory[digest] = raw
+        self._memory_bytes += len(raw)
+        while self._memory_bytes > MEMORY_BYTES:
+            _, oldest = self._memory.popitem(last=False)
+            self._memory_bytes -= len(oldest)
+
+    def _keep_on_disk(self, digest: bytes, raw: bytes) -> None:
+        if not self._cache.usable or self._storing_bytes + len(raw) > MAX_STORING_BYTES:
+            return
+        self._storing_bytes += len(raw)
+
+        async def store() -> None:
+            try:
+                await self.in_thread(lambda: self._cache.store(digest, raw))
+            finally:
+                self._storing_bytes -= len(raw)
+
+        task = asyncio.get_running_loop().create_task(store())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def coalesce(flights: Sequence[_Flight], *, max_gap_bytes: int, max_run_bytes: int) -> list[list[_Flight]]:
+    """Cut flights into runs of one pack that are read at once."""
+    runs: list[list[_Flight]] = []
+    pack, start, end = "", 0, 0
+    for flight in sorted(flights, key=lambda flight: (flight.ref.pack, flight.ref.offset)):
+        ref = flight.ref
+        close = ref.pack == pack and ref.offset - end <= max_gap_bytes
+        if runs and close and ref.offset + ref.stored_bytes - start <= max_run_bytes:
+            runs[-1].append(flight)
+        else:
+            runs.append([flight])
+            pack, start, end = ref.pack, ref.offset, ref.offset
+        end = max(end, ref.offset + ref.stored_bytes)
+    return runs
+
+
+def _decode(data: memoryview, start: int, ref: ExtentRef, key: str) -> bytes | DamagedStore:
+    at = ref.offset - start
+    try:
+        return decode_extent(data[at : at + ref.stored_bytes], ref, key)
+    except DamagedStore as error:
+        return error
+
+
+def _retrieve(future: asyncio.Future[bytes]) -> None:
+    """Nobody may wait for a read-ahead: its failure is met again, and told, when the bytes are needed."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,162 @@
+"""Which extents hold a block group of a snapshot: its page manifests, newest over oldest, block by block.
+
+Only footers and the row groups that are asked for are read, each verified against the digest that names it
+(P5) and kept in the host's disk cache under that digest. Bounds: ROWS_BYTES of decoded row groups and
+MAX_ANSWERS answers in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from restore.fetcher import Fetcher
+from timeline.format import keys
+from timeline.format.extent import GROUP_BLOCKS, ExtentRef
+from timeline.format.manifest import ManifestRef
+from timeline.format.page_manifest import Footer, PageRowGroup, open_footer
+from timeline.lsn import Lsn
+
+ROWS_BYTES = 24 << 20
+MAX_ANSWERS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of blocks of one group that one extent gives."""
+
+    first_block: int
+    blocks: int
+    ref: ExtentRef
+
+
+class PageIndex:
+    """Look-ups in the page manifests of one snapshot."""
+
+    def __init__(self, manifests: tuple[ManifestRef, ...], fetcher: Fetcher) -> None:
+        self._manifests = manifests
+        self._fetcher = fetcher
+        self._footers: tuple[Footer, ...] | None = None
+        self._opening: asyncio.Task[tuple[Footer, ...]] | None = None
+        self._rows: OrderedDict[tuple[int, int], PageRowGroup] = OrderedDict()
+        self._rows_bytes = 0
+        self._loading: dict[tuple[int, int], asyncio.Task[PageRowGroup]] = {}
+        self._answers: OrderedDict[tuple[str, int], tuple[Piece, ...]] = OrderedDict()
+
+    async def open(self) -> None:
+        """Read all footers, at once; harmless twice. Raises Unavailable, NotFound, DamagedStore."""
+        if self._footers is not None:
+            return
+        if self._opening is None or self._opening.done():
+            self._opening = asyncio.get_running_loop().create_task(self._read_footers())
+        self._footers = await asyncio.shield(self._opening)
+
+    def pieces_now(self, path: str, group: int, blocks: int, born: Lsn) -> tuple[Piece, ...] | None:
+        """The pieces of the group's first ``blocks`` blocks, ascending; ``None``: reading must come first.
+
+        Blocks that no piece covers are zeros. Manifests of before ``born`` are left out.
+        """
+        known = self._answers.get((path, group))
+        if known is not None:
+            self._answers.move_to_end((path, group))
+            return known
+        if self._footers is None:
+            return None
+        answer = self._resolve(self._footers, path, group, blocks, born)
+        return answer if isinstance(answer, tuple) else None
+
+    async def pieces(self, path: str, group: int, blocks: int, born: Lsn) -> tuple[Piece, ...]:
+        """The same, after reading what is needed; raises Unavailable, NotFound, DamagedStore."""
+        await self.open()
+        while True:
+            footers = self._footers
+            if footers is None:
+                raise RuntimeError("the index was not opened")
+            known = self._answers.get((path, group))
+            answer = known if known is not None else self._resolve(footers, path, group, blocks, born)
+            if isinstance(answer, tuple):
+                return answer
+            # Kept from eviction by being asked for again at once; a row group is larger than none of the
+            # bounds.
+            await self._load(footers, answer.manifest, answer.row_group)
+
+    def _resolve(
+        self, footers: tuple[Footer, ...], path: str, group: int, blocks: int, born: Lsn
+    ) -> tuple[Piece, ...] | _Missing:
+        owners: list[ExtentRef | None] = [None] * GROUP_BLOCKS
+        left = blocks
+        for number in range(len(footers) - 1, -1, -1):
+            lsn = self._manifests[number].lsn
+            if lsn is not None and lsn < born:
+                continue
+            row_group = footers[number].find(path, group)
+            if row_group is None:
+                continue
+            rows = self._rows.get((number, row_group))
+            if rows is None:
+                return _Missing(number, row_group)
+            self._rows.move_to_end((number, row_group))
+            for ref in rows.lookup(path, group):
+                for block in range(ref.first_block, min(ref.first_block + ref.blocks, blocks)):
+                    if owners[block] is None:
+                        owners[block] = ref
+                        left -= 1
+            if left <= 0:
+                break
+        answer = _runs(owners)
+        self._answers[(path, group)] = answer
+        if len(self._answers) > MAX_ANSWERS:
+            self._answers.popitem(last=False)
+        return answer
+
+    async def _load(self, footers: tuple[Footer, ...], manifest: int, row_group: int) -> None:
+        place = (manifest, row_group)
+        task = self._loading.get(place)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._read_rows(footers[manifest], row_group))
+            self._loading[place] = task
+            task.add_done_callback(lambda _: self._loading.pop(place, None))
+        rows = await asyncio.shield(task)
+        if place not in self._rows:
+            self._rows[place] = rows
+            self._rows_bytes += rows.nbytes
+        self._rows.move_to_end(place)
+        while self._rows_bytes > ROWS_BYTES and len(self._rows) > len(footers):
+            _, oldest = self._rows.popitem(last=False)
+            self._rows_bytes -= oldest.nbytes
+
+    async def _read_rows(self, footer: Footer, row_group: int) -> PageRowGroup:
+        entry = footer.entries[row_group]
+        data = await self._fetcher.read_part(
+            keys.manifest(footer.ref.digest), entry.offset, entry.length, bytes.fromhex(entry.digest)
+        )
+        return await self._fetcher.in_thread(lambda: footer.decode(row_group, data))
+
+    async def _read_footers(self) -> tuple[Footer, ...]:
+        return tuple(await asyncio.gather(*(self._read_footer(ref) for ref in self._manifests)))
+
+    async def _read_footer(self, ref: ManifestRef) -> Footer:
+        start = ref.size - ref.footer_bytes
+        digest = bytes.fromhex(ref.footer_digest)
+        data = await self._fetcher.read_part(keys.manifest(ref.digest), start, ref.footer_bytes, digest)
+        return await self._fetcher.in_thread(lambda: open_footer(ref, data))
+
+
+@dataclass(frozen=True, slots=True)
+class _Missing:
+    manifest: int
+    row_group: int
+
+
+def _runs(owners: list[ExtentRef | None]) -> tuple[Piece, ...]:
+    pieces = []
+    start = 0
+    for block in range(1, len(owners) + 1):
+        if block < len(owners) and owners[block] is owners[start]:
+            continue
+        owner = owners[start]
+        if owner is not None:
+            pieces.append(Piece(start, block - start, owner))
+        start = block
+    return tuple(pieces)
