@@ -121,13 +121,30 @@ class FileListing:
 
     def get(self, path: str) -> FileRow | None:
         """The entry of that path."""
+        number = self.find(path)
+        return None if number is None else self._row(number, split(path)[0])
+
+    def find(self, path: str) -> int | None:
+        """Number of the row of that path, 0 to ``len`` - 1: a small name for it, the same in every reader."""
         directory, name = split(path)
         number = self._directories.find(directory)
         if number is None:
             return None
         first, last = self._span(number)
         row = bisect.bisect_left(self._names, name, first, last, key=_as_text)
-        return self._row(row, directory) if row < last and self._names[row].as_py() == name else None
+        return row if row < last and self._names[row].as_py() == name else None
+
+    def row(self, number: int) -> FileRow:
+        """The row of that number; raises IndexError when there is none."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        directory = bisect.bisect_right(self._directories.starts, number) - 1
+        return self._row(number, self._directories[directory])
+
+    def numbers(self, directory: str) -> range:
+        """Numbers of the rows of a directory's entries, by name."""
+        number = self._directories.find(directory)
+        return range(0) if number is None else range(*self._span(number))
 
     def _rows(self, number: int, directory: str) -> Iterator[FileRow]:
         for row in range(*self._span(number)):
