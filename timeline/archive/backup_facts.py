@@ -9,15 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import LiteralString
 
-import psycopg
-from psycopg.rows import TupleRow
-
 from timeline.archive.boot_set import MAX_DATABASES
+from timeline.archive.source import Source
 from timeline.clock import Micros
-from timeline.errors import Unavailable
 from timeline.format.log import Setting
-
-CONNECT_SECONDS = 30
 
 NEEDED_SETTINGS = (
     "DateStyle",
@@ -87,38 +82,26 @@ class BackupFacts:
 
 
 async def read_facts(conninfo: str) -> BackupFacts:
-    """Ask for everything but the time; raises Unavailable."""
+    """Ask for everything but the time; raises UsageError, ServerError, Unavailable."""
+    source = await Source.open(conninfo, application_name="tl base backup")
     try:
-        async with await _connect(conninfo) as connection:
-            needed = [name.lower() for name in NEEDED_SETTINGS]
-            settings = await connection.execute(_SETTINGS, (needed, list(SECRET_SETTINGS)))
-            recorded = tuple(Setting(name, value) for name, value in await settings.fetchall())
-            databases = await connection.execute(_DATABASES, (MAX_DATABASES,))
-            oids = tuple(int(row[0]) for row in await databases.fetchall())
-            rewritten = await connection.execute(_REWRITTEN)
-            moved = {(int(row[0]), int(row[1])): int(row[2]) for row in await rewritten.fetchall()}
-    except psycopg.OperationalError as error:
-        raise _unavailable(error) from error
-    return BackupFacts(recorded, oids, moved)
-
-
-async def read_clock(conninfo: str) -> Micros:
-    """The source's own time; raises Unavailable."""
-    try:
-        async with await _connect(conninfo) as connection:
-            row = await (await connection.execute(_CLOCK)).fetchone()
-    except psycopg.OperationalError as error:
-        raise _unavailable(error) from error
-    if row is None:
-        raise Unavailable("the source does not tell the time")
-    return int(row[0])
-
-
-async def _connect(conninfo: str) -> psycopg.AsyncConnection[TupleRow]:
-    return await psycopg.AsyncConnection.connect(
-        conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS, application_name="tl base backup"
+        needed = [name.lower() for name in NEEDED_SETTINGS]
+        settings = await source.rows(_SETTINGS, needed, list(SECRET_SETTINGS))
+        databases = await source.rows(_DATABASES, MAX_DATABASES)
+        rewritten = await source.rows(_REWRITTEN)
+    finally:
+        await source.aclose()
+    return BackupFacts(
+        settings=tuple(Setting(name, value) for name, value in settings),
+        databases=tuple(int(row[0]) for row in databases),
+        rewritten={(int(row[0]), int(row[1])): int(row[2]) for row in rewritten},
     )
 
 
-def _unavailable(error: psycopg.OperationalError) -> Unavailable:
-    return Unavailable(f"cannot ask the source for its settings: {' '.join(str(error).split())}")
+async def read_clock(conninfo: str) -> Micros:
+    """The source's own time; raises as ``read_facts``."""
+    source = await Source.open(conninfo, application_name="tl base backup")
+    try:
+        return int((await source.rows(_CLOCK))[0][0])
+    finally:
+        await source.aclose()

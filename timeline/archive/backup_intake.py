@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from timeline.archive.backup_compare import Comparison, FileDifference
-from timeline.archive.backup_files import BACKUP_LABEL, TABLESPACE_DIRECTORY, is_storable, treat
+from timeline.archive.backup_files import BACKUP_LABEL, CONTROL_FILE, TABLESPACE_DIRECTORY, is_storable, treat
 from timeline.archive.boot_set import BootFile, BootRule
 from timeline.archive.extent_writer import UNKNOWN, Encoded, ExtentWriter, Group, KnownGroup
 from timeline.archive.known_pages import KnownPages
@@ -115,7 +115,9 @@ class Intake:
             listed = False
             self.left_out.append(ascii(member.path))
         boot = self._rule.boot_file(member.path, member.size) if listed and not treatment.inline else None
-        if listed and member.kind == "f" and self._previous is not None:
+        # pg_control always differs, and means nothing by it.
+        comparable = listed and member.kind == "f" and member.path != CONTROL_FILE
+        if comparable and self._previous is not None:
             before = self._previous.files.get(member.path)
             self._comparing[member.path] = _Compared(before.size if before is not None else None)
         return _Open(member, listed, treatment.inline, boot, bytearray())

@@ -16,7 +16,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from psycopg import OperationalError, pq
-from psycopg import conninfo as conninfo_module
 
 from timeline.archive.backup_protocol import (
     ArchiveData,
@@ -29,18 +28,18 @@ from timeline.archive.backup_protocol import (
     parse_position,
     parse_tablespace,
 )
+from timeline.archive.connect import ServerError, connect_replication
 from timeline.archive.tar_stream import BackupStreamError
 from timeline.errors import TimelineError, Unavailable, UsageError
 from timeline.lsn import Lsn
 
 READ_BATCH_BYTES = 1 << 20
 """``read`` returns after about this much, so that the event loop gets its turn."""
-CONNECT_SECONDS = 30
 MAX_NOTICES = 1000
 """Warnings of the server that are kept; those beyond are counted."""
 
 _CORRUPTED = "XX001"
-_DENIED = ("42501", "28000", "28P01")
+_DENIED = "42501"
 _DIGITS = re.compile(r"\d+")
 
 
@@ -197,7 +196,7 @@ class BackupStream:
     async def _readable(self) -> None:
         try:
             async with asyncio.timeout(self._silence_seconds if self._silence_bounded else None):
-                await _until_ready(self._connection.socket)
+                await _until_readable(self._connection.socket)
         except TimeoutError as error:
             raise Unavailable(
                 f"the source sent nothing for {self._silence_seconds:.0f} s during the base backup"
@@ -218,14 +217,13 @@ class BackupStream:
     def _failure(self, result: pq.abc.PGresult) -> TimelineError:
         state = _sqlstate(result)
         text = _one_line(result.error_message.decode(errors="replace")) or pq.ExecStatus(result.status).name
-        if state in _DENIED:
+        if state == _DENIED:
             return UsageError(
-                f"the source refuses a base backup: {text}",
-                hint="connect as a role with REPLICATION that pg_hba.conf lets in for database replication",
+                f"the source refuses a base backup: {text}", hint="on the source: ALTER ROLE … REPLICATION"
             )
         if not state or state.startswith(("08", "57P", "53")):
             return Unavailable(f"the base backup broke off: {text}")
-        return TimelineError(f"the base backup failed: {text}")
+        return ServerError(state, text)
 
     def _keep_notice(self, result: pq.abc.PGresult) -> None:
         text = (result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY) or b"").decode(errors="replace")
@@ -247,39 +245,16 @@ class BackupStream:
 async def open_backup_stream(conninfo: str, *, silence_seconds: float) -> AsyncIterator[BackupStream]:
     """A replication connection for one backup; closed at the end, whatever happens.
 
-    Raises Unavailable when the source cannot be reached, UsageError when it refuses the credentials.
+    Raises UsageError or Unavailable when it cannot be made.
     """
-    connection = await _connect(conninfo)
+    connection = await connect_replication(conninfo, application_name="tl base backup")
     try:
-        yield BackupStream(connection, silence_seconds)
+        yield BackupStream(connection.pgconn, silence_seconds)
     finally:
-        connection.finish()
+        await connection.close()
 
 
-async def _connect(conninfo: str) -> pq.abc.PGconn:
-    parameters = conninfo_module.make_conninfo(
-        conninfo, replication="true", application_name="tl base backup"
-    )
-    connection = pq.PGconn.connect_start(parameters.encode())
-    try:
-        async with asyncio.timeout(CONNECT_SECONDS):
-            while (polled := connection.connect_poll()) != pq.PollingStatus.OK:
-                if polled == pq.PollingStatus.FAILED:
-                    text = _one_line(connection.error_message.decode(errors="replace"))
-                    raise Unavailable(f"cannot connect to the source: {text}")
-                await _until_ready(connection.socket, writing=polled == pq.PollingStatus.WRITING)
-    except TimeoutError as error:
-        connection.finish()
-        raise Unavailable(f"the source did not answer within {CONNECT_SECONDS} s") from error
-    except BaseException:
-        connection.finish()
-        raise
-    connection.nonblocking = 1
-    return connection
-
-
-async def _until_ready(socket: int, *, writing: bool = False) -> None:
-    """Wait until the socket can be read, or written."""
+async def _until_readable(socket: int) -> None:
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
 
@@ -287,17 +262,11 @@ async def _until_ready(socket: int, *, writing: bool = False) -> None:
         if not ready.done():
             ready.set_result(None)
 
-    if writing:
-        loop.add_writer(socket, wake)
-    else:
-        loop.add_reader(socket, wake)
+    loop.add_reader(socket, wake)
     try:
         await ready
     finally:
-        if writing:
-            loop.remove_writer(socket)
-        else:
-            loop.remove_reader(socket)
+        loop.remove_reader(socket)
 
 
 def _row(result: pq.abc.PGresult, row: int) -> list[bytes | None]:

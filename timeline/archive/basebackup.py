@@ -239,6 +239,7 @@ class _Backup:
             raise self._broken_pages(end, stream)
         boot_rows, boot_ref, boot_bytes = await boot.finish(self._store)
         pages = await self._runs.finish([*rows, *boot_rows])
+        pages = tuple(replace(ref, lsn=label.start) for ref in pages)
         intake.count_removed()
         data, files = write_file_listing(intake.files.values())
         await create_named(self._store, keys.manifest(files.digest), data)
