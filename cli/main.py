@@ -12,10 +12,10 @@ import click
 from timeline.errors import TimelineError
 
 _COMMANDS = {
-    "init": ("cli.archive", "create the store; check source, store and host"),
+    "init": ("cli.init", "create the store; check source, store and host"),
     "archive": ("cli.archive", "stream the source's WAL into the store until told to stop"),
     "backup": ("cli.archive", "take another base backup; report what differs"),
-    "detach": ("cli.archive", "remove everything of ours from the source"),
+    "detach": ("cli.init", "remove everything of ours from the source"),
     "status": ("cli.status", "what is recoverable, and how fresh"),
     "branch": ("cli.branch", "a running, writable Postgres at any recorded moment"),
     "branches": ("cli.branch", "list the branches on this host"),

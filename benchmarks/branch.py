@@ -1,0 +1,110 @@
+"""Time to the first query of a branch, by size of the database and kind of store.
+
+    python -m benchmarks.branch [--sizes 0.25,1,4] [--stores file,s3] [--samples 5] [--json]
+
+The clock runs outside: from the exec of the installed ``tl`` in a fresh process, with an empty extent cache and no agent,
+to the first row through psql. S3 is SeaweedFS behind a proxy that adds 20 ms to the first byte, limits each connection to
+100 MB/s and counts requests and bytes. ``warm`` has the cache of an earlier branch, ``agent`` another branch running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fixture import (
+    GIB,
+    Host,
+    make_host,
+    pgbench_source,
+    resident_bytes,
+    timed_branch,
+    working_directory,
+)
+from benchmarks.report import Report
+from tests.support.s3_proxy import S3Proxy
+from tests.support.seaweed import running_seaweed
+
+
+@contextlib.contextmanager
+def _s3() -> Iterator[tuple[str, S3Proxy]]:
+    """A real S3 server behind the latency proxy."""
+    with running_seaweed() as server, S3Proxy(server.endpoint_url, latency_ms=20, bandwidth_mb=100) as proxy:
+        yield server.endpoint_url, proxy
+
+
+def _measure(
+    report: Report, host: Host, bin_dir: Path, label: str, samples: int, counter: Callable[[], dict[str, Any]] | None
+) -> None:
+    for sample in range(samples):
+        host.forget_cache()
+        host.end_agent()
+        before = counter() if counter else {}
+        elapsed, result = timed_branch(host, bin_dir, f"cold-{sample}")
+        report.add(f"first_query_seconds/{label}", elapsed, "s", "lower")
+        if counter:
+            after = counter()
+            report.add(f"requests/{label}", after["requests"] - before["requests"], "requests", "lower")
+            report.add(f"fetched_mb/{label}", (after["bytes_out"] - before["bytes_out"]) / 1e6, "MB", "lower")
+        if sample == 0 and result.get("mount_pid"):
+            report.add(f"mount_rss_mb/{label}", resident_bytes(result["mount_pid"]) / 1e6, "MB", "lower")
+        host.tl("delete", f"cold-{sample}", "--yes")
+    for sample in range(samples):
+        host.end_agent()
+        elapsed, _ = timed_branch(host, bin_dir, f"warm-{sample}")
+        report.add(f"first_query_seconds/{label}/warm", elapsed, "s", "lower")
+        host.tl("delete", f"warm-{sample}", "--yes")
+    timed_branch(host, bin_dir, "standing")
+    for sample in range(samples):
+        host.forget_cache()
+        elapsed, result = timed_branch(host, bin_dir, f"beside-{sample}")
+        report.add(f"first_query_seconds/{label}/agent", elapsed, "s", "lower")
+        if sample == 0 and result.get("mount_pid"):
+            private = resident_bytes(result["mount_pid"], "Private")
+            report.add(f"further_mount_private_mb/{label}", private / 1e6, "MB", "lower")
+        host.tl("delete", f"beside-{sample}", "--yes")
+    host.tl("delete", "standing", "--yes")
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="0.25,1,4", help="GiB, comma-separated")
+    parser.add_argument("--stores", default="file,s3")
+    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="(always on: the last line is JSON)")
+    options = parser.parse_args()
+    report = Report("branch")
+    sizes = [float(size) for size in options.sizes.split(",")]
+    stores = options.stores.split(",")
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(working_directory())
+        direct, proxy = stack.enter_context(_s3()) if "s3" in stores else ("", None)
+        for size in sizes:
+            with pgbench_source(int(size * GIB)) as source:
+                for kind in stores:
+                    label = f"{kind}/{size:g}GiB"
+                    print(label, file=sys.stderr, flush=True)
+                    place = directory / label.replace("/", "-")
+                    store = f"file://{place}/store" if kind == "file" else f"s3://bench/{size:g}"
+                    # The archiver talks to the server directly: only the branch is measured through the proxy.
+                    archiving = make_host(place, store, source=source.conninfo, endpoint_url=direct if kind == "s3" else None)
+                    archiving.tl("init", store, "--source", source.conninfo)
+                    archiving.tl("archive", "--once")
+                    endpoint = proxy.endpoint_url if proxy is not None and kind == "s3" else None
+                    branching = make_host(place, store, endpoint_url=endpoint)
+                    _measure(report, branching, source.bin, label, options.samples, proxy.stats if endpoint and proxy else None)
+                    archiving.tl("detach", "--source", source.conninfo, "--yes")
+        for kind in stores:
+            small, large = f"{kind}/{sizes[0]:g}GiB", f"{kind}/{sizes[-1]:g}GiB"
+            ratio = report.median(f"first_query_seconds/{large}") / report.median(f"first_query_seconds/{small}")
+            report.add(f"flatness/{kind}", ratio, "ratio", "lower")
+    report.print()
+
+
+if __name__ == "__main__":
+    main()
