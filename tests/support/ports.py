@@ -30,7 +30,7 @@ def free_ports(count: int, *, companion: int = 0) -> list[int]:
 
 
 def owns_port(pid: int, port: int) -> bool:
-    """Whether that process itself listens on the port of 127.0.0.1 (a server that died leaves it to another)."""
+    """Whether that process itself listens there on 127.0.0.1 (a server that died leaves it to another)."""
     wanted = f"0100007F:{port:04X}"
     inodes = set()
     with open("/proc/net/tcp") as table:

@@ -92,7 +92,7 @@ class Seaweed:
         raise RuntimeError(f"SeaweedFS did not come up:\n{log_end}")
 
     def make_bucket(self, name: str) -> str:
-        """Make a bucket; its name."""
+        """Make a bucket; its name. There is room for a handful: each takes several of the 50 volumes."""
         self.client().create_bucket(Bucket=name)
         return name
 

@@ -39,7 +39,18 @@ _COMMON_PARTITION: Mapping[str, object] = {
                 "signatureVersions": ["v4"],
                 "variants": [],
             },
-            "services": {"s3": {"defaults": {"protocols": ["http", "https"], "signatureVersions": ["s3v4"]}}},
+            "services": {
+                "s3": {
+                    "defaults": {"protocols": ["http", "https"], "signatureVersions": ["s3v4"]},
+                    "partitionEndpoint": "aws-global",
+                    "endpoints": {
+                        "aws-global": {
+                            "hostname": "s3.amazonaws.com",
+                            "credentialScope": {"region": "us-east-1"},
+                        }
+                    },
+                }
+            },
         }
     ],
 }
@@ -99,7 +110,8 @@ def client_context(
             or session.get_config_variable("region")  # AWS_DEFAULT_REGION, then the profile
             or "us-east-1"
         )
-        common = bool(endpoint) or _COMMON_REGION.fullmatch(where) is not None
+        special = any(map(session.get_config_variable, ("use_fips_endpoint", "use_dualstack_endpoint")))
+        common = not special and (bool(endpoint) or _COMMON_REGION.fullmatch(where) is not None)
         if not os.environ.get("AWS_DATA_PATH"):
             session.register_component("data_loader", _models(common))
         return session.create_client(

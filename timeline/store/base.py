@@ -7,7 +7,8 @@ Promises every implementation keeps (one conformance suite runs on all of them):
   ambiguous outcome (time-out, reset, 409, 5xx) is resolved inside by reading back and comparing; it never
   surfaces as a guess: when even that fails the call raises ``Unavailable``, and the outcome is *unknown*.
 - ``get`` returns exactly the bytes asked for, or raises; it never returns fewer.
-- ``list`` is strongly consistent and in ascending byte order of the keys.
+- ``list`` is strongly consistent and in ascending byte order of the keys. With a ``limit`` over a prefix that
+  has directories below, *which* keys come is the server's choice (SeaweedFS walks ``a/`` before ``a-b``).
 - Only garbage collection calls ``delete``.
 - Failures that may pass raise ``Unavailable``; retries are bounded (``retry.py``).
 

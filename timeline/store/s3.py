@@ -104,6 +104,17 @@ class S3Store:
 
     async def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> builtins.list[Listed]:
         check_limit(limit)
+        # Servers that keep directories (SeaweedFS) order and resume by directory, not by key: inside one
+        # directory that is the same, anything else is put right here.
+        directory = prefix[: prefix.rfind("/") + 1]
+        inside = after[: after.rfind("/") + 1] == directory
+        if after and not inside:
+            found = await self._pages(prefix, "", None)
+        else:
+            found = await self._pages(prefix, after, limit)
+        return sorted((item for item in found if item.key > after), key=lambda item: item.key)[:limit]
+
+    async def _pages(self, prefix: str, after: str, limit: int | None) -> builtins.list[Listed]:
         found: builtins.list[Listed] = []
         token: str | None = None
         while limit is None or len(found) < limit:
