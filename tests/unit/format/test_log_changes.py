@@ -1,0 +1,209 @@
+"""What each change does to the state of a branch, and what it refuses (SPEC.md, chapter 6)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from timeline.errors import DamagedStore, LogConflict, UnknownFeature
+from timeline.format import keys, log, sealed_json
+from timeline.format.manifest import ManifestRef
+from timeline.format.wal_index import Coverage
+from timeline.lsn import Lsn
+
+REF = ManifestRef("ab" * 32, 100, 1, 50, "cd" * 32)
+INCARNATION = log.Incarnation(
+    7,
+    15,
+    150018,
+    "x86_64",
+    8192,
+    1 << 20,
+    1 << 30,
+    202209061,
+    1300,
+    None,
+    None,
+    "postgres",
+    False,
+    Lsn(100),
+    None,
+)
+TLI = log.Tli(1, None, Lsn(100), Lsn(100), None, None)
+SNAPSHOT = log.Snapshot(
+    "s1", log.BASE, 1, Lsn(110), Lsn(115), Lsn(130), 5, REF, (REF,), None, "LABEL", (), (), None, 1
+)
+
+
+def begun() -> log.BranchState:
+    return log.Begin(INCARNATION, TLI).apply(log.BranchState.empty("main"))
+
+
+def seal(start: int, end: int, tli: int = 1) -> log.Seal:
+    return log.Seal(log.SealedRange(tli, Lsn(start), Lsn(end), REF, None, None, 0), None)
+
+
+def gap(start: int, end: int, tli: int = 1) -> log.RecordGap:
+    return log.RecordGap(log.Gap(tli, Lsn(start), Lsn(end), "slot lost"))
+
+
+def switch(closed: int, end: int, opened: int) -> log.SwitchTli:
+    return log.SwitchTli(closed, Lsn(end), log.Tli(opened, closed, Lsn(end), Lsn(end), None, "1\t0/1\tx\n"))
+
+
+def test_begin() -> None:
+    state = begun()
+    assert (state.current_tli, state.tlis, state.incarnations) == (1, (TLI,), (INCARNATION,))
+    with pytest.raises(LogConflict, match="tli 1 is in the branch already"):
+        log.Begin(INCARNATION, TLI).apply(state)
+
+
+def test_begin_ends_the_incarnation_before() -> None:
+    """EDGE 34: a major upgrade goes on in the same branch."""
+    upgraded = replace(INCARNATION, major=18, system_identifier=8, from_lsn=Lsn(500))
+    state = log.Begin(upgraded, replace(TLI, tli=2, start=Lsn(500), sealed=Lsn(500))).apply(begun())
+    assert [known.to_lsn for known in state.incarnations] == [Lsn(500), None]
+    assert state.current_tli == 2
+
+
+def test_claim_epoch() -> None:
+    """P4: epochs go up by one, so two claims of one epoch cannot both be written."""
+    state = log.ClaimEpoch(1).apply(begun())
+    assert state.epoch == 1
+    for epoch in (0, 1, 3):
+        with pytest.raises(LogConflict):
+            log.ClaimEpoch(epoch).apply(state)
+
+
+def test_switch_tli() -> None:
+    """EDGE 15, 16: the next tli need not be the next number."""
+    state = switch(1, 200, 4).apply(begun())
+    assert state.current_tli == 4
+    assert state.find_tli(1) == replace(TLI, end=Lsn(200))
+    for change in (switch(9, 200, 5), switch(1, 200, 4), switch(1, 99, 5)):
+        with pytest.raises(LogConflict):
+            change.apply(state)
+    with pytest.raises(LogConflict, match="forks from 2"):
+        log.SwitchTli(1, Lsn(200), log.Tli(5, 2, Lsn(200), Lsn(200), None, None)).apply(state)
+
+
+def test_second_fork_leaves_the_first_end() -> None:
+    """[LOG-6]: a server restored from an earlier moment of tli 1 forks from it again."""
+    state = switch(1, 150, 3).apply(switch(1, 200, 2).apply(begun()))
+    closed, opened = state.find_tli(1), state.find_tli(3)
+    assert closed is not None and opened is not None
+    assert (closed.end, opened.start, state.current_tli) == (Lsn(200), Lsn(150), 3)
+
+
+def test_seal() -> None:
+    state = seal(100, 150).apply(begun())
+    state = switch(1, 200, 2).apply(state)
+    state = seal(200, 220, tli=2).apply(state)
+    state = seal(150, 200).apply(state)
+    assert [(s.tli, s.start) for s in state.sealed] == [(1, 100), (1, 150), (2, 200)]
+    first = state.find_tli(1)
+    assert first is not None and first.sealed == 200
+    for change in (seal(150, 210), seal(201, 210), seal(200, 200), seal(1, 2, tli=7)):
+        with pytest.raises(LogConflict):
+            change.apply(state)
+
+
+def test_gap() -> None:
+    """[GAP-1], EDGE 8: the chain goes on behind a gap; no sealed range crosses one."""
+    state = gap(150, 180).apply(begun())
+    with pytest.raises(LogConflict, match="cross the gap"):
+        seal(100, 190).apply(state)
+    state = seal(100, 150).apply(state)
+    assert state.after_gap(1, 150) == 180
+    assert state.after_gap(1, 140) == 140
+    assert state.after_gap(2, 150) == 150
+    with pytest.raises(LogConflict, match="sealed up to 0/000000B4"):
+        seal(150, 190).apply(state)
+    state = seal(180, 190).apply(state)
+    for change in (gap(170, 200), gap(160, 160), gap(300, 200), gap(189, 200), gap(190, 200, tli=5)):
+        with pytest.raises(LogConflict):
+            change.apply(state)
+    state = gap(210, 220).apply(gap(200, 210).apply(state))
+    assert state.after_gap(1, 200) == 220
+
+
+def test_add_snapshot() -> None:
+    progress = log.RecordProgress(log.BackupProgress("p", (REF,), 5, 6))
+    state = log.AddSnapshot(SNAPSHOT).apply(progress.apply(begun()))
+    assert (state.snapshots, state.progress) == ((SNAPSHOT,), None)
+    for bad in (
+        SNAPSHOT,
+        replace(SNAPSHOT, id="s2", tli=2),
+        replace(SNAPSHOT, id="s2", end=Lsn(109)),
+        replace(SNAPSHOT, id="s2", backup_label=None),
+        replace(SNAPSHOT, id="s2", kind=log.BUILT),
+        replace(SNAPSHOT, id="s2", kind="full"),
+    ):
+        with pytest.raises(LogConflict):
+            log.AddSnapshot(bad).apply(state)
+
+
+def test_coverage_never_goes_back() -> None:
+    """[COV-1]"""
+    newer, older = Coverage(1, Lsn(150), 20), Coverage(1, Lsn(160), 10)
+    state = log.Cover(newer).apply(begun())
+    assert log.Cover(older).apply(state).coverage == newer
+    assert replace(seal(100, 150), coverage=older).apply(state).coverage == newer
+    assert log.Cover(Coverage(1, Lsn(151), 20)).apply(state).coverage == Coverage(1, Lsn(151), 20)
+    with pytest.raises(LogConflict):
+        log.Cover(replace(newer, tli=3)).apply(state)
+
+
+def entry(number: int, state: log.BranchState | None) -> log.LogEntry:
+    return log.LogEntry(number, "main", "w", "n", 1, 5, log.ClaimEpoch(1), state)
+
+
+def large_state() -> log.BranchState:
+    state = begun()
+    for at in range(100, 400):
+        state = seal(at, at + 1).apply(state)
+    return state
+
+
+def test_state_is_left_out_when_large() -> None:
+    """[LOG-3]: but never of every hundredth entry."""
+    state = large_state()
+    for number, expected in ((101, None), (200, state), (0, state)):
+        data = log.encode_entry(entry(number, state))
+        assert log.decode_entry(data, keys.log_entry("main", number)).state == expected
+    assert log.decode_entry(log.encode_entry(entry(101, begun())), "k").state == begun()
+    with pytest.raises(ValueError, match="must hold the state"):
+        log.encode_entry(entry(300, None))
+
+
+def reseal(data: bytes, **changed: object) -> bytes:
+    return sealed_json.encode({**sealed_json.decode(data, "k"), **changed})
+
+
+def test_unknown_features_are_named() -> None:
+    """[FEA-1]"""
+    data = log.encode_entry(entry(1, begun()))
+    for changed, name in (
+        ({"requires": ["page-deltas"]}, "page-deltas"),
+        ({"format": 2}, "log format 2"),
+        ({"change": {"kind": "teleport"}}, "change teleport"),
+    ):
+        with pytest.raises(UnknownFeature) as caught:
+            log.decode_entry(reseal(data, **changed), "k")
+        assert caught.value.feature == name
+        assert name in str(caught.value)
+
+
+def test_unknown_members_are_ignored_and_missing_ones_are_damage() -> None:
+    """[JSN-4]"""
+    data = log.encode_entry(entry(1, begun()))
+    assert log.decode_entry(reseal(data, note="new"), "k") == entry(1, begun())
+    with pytest.raises(DamagedStore, match=r"ClaimEpoch\.epoch: missing"):
+        log.decode_entry(reseal(data, change={"kind": "claim_epoch"}), "k")
+    with pytest.raises(DamagedStore, match="expected int"):
+        log.decode_entry(reseal(data, change={"kind": "claim_epoch", "epoch": 1.0}), "k")
+    with pytest.raises(DamagedStore, match="expected an LSN"):
+        log.decode_entry(
+            reseal(data, change={"kind": "switch_tli", "closed": 1, "end": -1, "opened": {}}), "k"
+        )
