@@ -226,7 +226,8 @@ def test_chunks_and_log_do_not_import_pyarrow() -> None:
     """Start-up of a command that reads the log alone."""
     code = (
         "import sys, timeline.format.log, timeline.format.chunk, timeline.format.meta,"
-        " timeline.format.extent, timeline.format.pack, timeline.format.wal_frame; assert 'pyarrow' not in sys.modules"
+        " timeline.format.extent, timeline.format.pack, timeline.format.wal_frame\n"
+        "assert 'pyarrow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
