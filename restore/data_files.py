@@ -1,0 +1,78 @@
+"""What a branch's data directory shows and hides besides the snapshot's own files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+from restore.host import Host
+from restore.plan import BACKUP_LABEL, RECOVERY_SIGNAL, BranchPlan
+from restore.settings import AUTO_CONF, IDENT, BranchSettings, format_conf, format_hba
+
+
+class DataDirectory(Protocol):
+    """A data directory that can be changed before Postgres sees it: an overlay, or plain files."""
+
+    def put_file(self, path: str, data: bytes, mode: int = 0o600) -> None:
+        """Make or replace a file with exactly this content."""
+        ...
+
+    def symlink(self, path: str, target: str) -> None:
+        """Make or replace a symlink."""
+        ...
+
+    def whiteout(self, path: str) -> None:
+        """Make sure that nothing is there."""
+        ...
+
+
+class PlainDirectory:
+    """An ordinary directory, owned by the account that runs Postgres."""
+
+    def __init__(self, root: Path, host: Host) -> None:
+        self._root = root
+        self._host = host
+
+    def put_file(self, path: str, data: bytes, mode: int = 0o600) -> None:
+        """As in DataDirectory; the directory above must exist."""
+        target = self._root / path
+        target.unlink(missing_ok=True)
+        with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(data)
+        self._host.own(target)
+
+    def symlink(self, path: str, target: str) -> None:
+        """As in DataDirectory."""
+        self.whiteout(path)
+        (self._root / path).symlink_to(target)
+        self._host.own(self._root / path)
+
+    def whiteout(self, path: str) -> None:
+        """As in DataDirectory."""
+        target = self._root / path
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+
+def lay_out(directory: DataDirectory, plan: BranchPlan, settings: BranchSettings, wal: Path) -> None:
+    """Turn a snapshot's files into a branch's: own configuration, recovery to T, ``pg_wal`` elsewhere."""
+    for path in plan.hidden:
+        directory.whiteout(path)
+    configure(directory, settings, listens=False)
+    directory.symlink("pg_wal", str(wal))
+    directory.put_file(RECOVERY_SIGNAL, b"")
+    if plan.backup_label is not None:
+        directory.put_file(BACKUP_LABEL, plan.backup_label.encode())
+
+
+def configure(directory: DataDirectory, settings: BranchSettings, *, listens: bool) -> None:
+    """Write the four configuration files (P8)."""
+    heading = "Written by tl; a branch has no other configuration."
+    directory.put_file("postgresql.conf", format_conf(settings.settings, heading=heading))
+    directory.put_file("postgresql.auto.conf", AUTO_CONF)
+    directory.put_file("pg_hba.conf", format_hba(listens=listens))
+    directory.put_file("pg_ident.conf", IDENT)
