@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from benchmarks.fixture import (
     GIB,
@@ -26,30 +25,35 @@ from benchmarks.fixture import (
     working_directory,
 )
 from benchmarks.report import Report
-from tests.support.s3_proxy import S3Proxy
+from tests.support.s3_proxy import S3Proxy, running_proxy
 from tests.support.seaweed import running_seaweed
 
 
 @contextlib.contextmanager
 def _s3() -> Iterator[tuple[str, S3Proxy]]:
     """A real S3 server behind the latency proxy."""
-    with running_seaweed() as server, S3Proxy(server.endpoint_url, latency_ms=20, bandwidth_mb=100) as proxy:
+    with (
+        running_seaweed() as server,
+        running_proxy(server.endpoint_url, latency_ms=20, bandwidth_mb=100) as proxy,
+    ):
+        server.make_bucket("bench")
         yield server.endpoint_url, proxy
 
 
 def _measure(
-    report: Report, host: Host, bin_dir: Path, label: str, samples: int, counter: Callable[[], dict[str, Any]] | None
+    report: Report, host: Host, bin_dir: Path, label: str, samples: int, proxy: S3Proxy | None
 ) -> None:
     for sample in range(samples):
         host.forget_cache()
         host.end_agent()
-        before = counter() if counter else {}
+        if proxy is not None:
+            proxy.reset()
         elapsed, result = timed_branch(host, bin_dir, f"cold-{sample}")
         report.add(f"first_query_seconds/{label}", elapsed, "s", "lower")
-        if counter:
-            after = counter()
-            report.add(f"requests/{label}", after["requests"] - before["requests"], "requests", "lower")
-            report.add(f"fetched_mb/{label}", (after["bytes_out"] - before["bytes_out"]) / 1e6, "MB", "lower")
+        if proxy is not None:
+            stats = proxy.stats()
+            report.add(f"requests/{label}", sum(stats.requests.values()), "requests", "lower")
+            report.add(f"fetched_mb/{label}", stats.bytes_down / 1e6, "MB", "lower")
         if sample == 0 and result.get("mount_pid"):
             report.add(f"mount_rss_mb/{label}", resident_bytes(result["mount_pid"]) / 1e6, "MB", "lower")
         host.tl("delete", f"cold-{sample}", "--yes")
@@ -72,7 +76,9 @@ def _measure(
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", default="0.25,1,4", help="GiB, comma-separated")
     parser.add_argument("--stores", default="file,s3")
     parser.add_argument("--samples", type=int, default=5)
@@ -92,16 +98,22 @@ def main() -> None:
                     place = directory / label.replace("/", "-")
                     store = f"file://{place}/store" if kind == "file" else f"s3://bench/{size:g}"
                     # The archiver talks to the server directly: only the branch is measured through the proxy.
-                    archiving = make_host(place, store, source=source.conninfo, endpoint_url=direct if kind == "s3" else None)
+                    archiving = make_host(
+                        place, store, source=source.conninfo, endpoint_url=direct if kind == "s3" else None
+                    )
                     archiving.tl("init", store, "--source", source.conninfo)
                     archiving.tl("archive", "--once")
                     endpoint = proxy.endpoint_url if proxy is not None and kind == "s3" else None
                     branching = make_host(place, store, endpoint_url=endpoint)
-                    _measure(report, branching, source.bin, label, options.samples, proxy.stats if endpoint and proxy else None)
+                    _measure(
+                        report, branching, source.bin, label, options.samples, proxy if endpoint else None
+                    )
                     archiving.tl("detach", "--source", source.conninfo, "--yes")
         for kind in stores:
             small, large = f"{kind}/{sizes[0]:g}GiB", f"{kind}/{sizes[-1]:g}GiB"
-            ratio = report.median(f"first_query_seconds/{large}") / report.median(f"first_query_seconds/{small}")
+            ratio = report.median(f"first_query_seconds/{large}") / report.median(
+                f"first_query_seconds/{small}"
+            )
             report.add(f"flatness/{kind}", ratio, "ratio", "lower")
     report.print()
 

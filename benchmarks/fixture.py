@@ -33,10 +33,17 @@ class Host:
     def tl(self, *args: str, timeout: float = 600) -> dict[str, Any]:
         """Run ``tl … --json`` to its end; the decoded result. Raises RuntimeError with stderr when it fails."""
         result = subprocess.run(
-            [TL, *args, "--json"], env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
+            [TL, *args, "--json"],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
         if result.returncode != 0:
-            raise RuntimeError(f"tl {' '.join(args)} exited with {result.returncode}:\n{result.stdout}\n{result.stderr}")
+            raise RuntimeError(
+                f"tl {' '.join(args)} exited with {result.returncode}:\n{result.stdout}\n{result.stderr}"
+            )
         decoded: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
         return decoded
 
@@ -60,7 +67,9 @@ class Host:
             time.sleep(0.02)
 
 
-def make_host(directory: Path, store: str, *, source: str | None = None, endpoint_url: str | None = None) -> Host:
+def make_host(
+    directory: Path, store: str, *, source: str | None = None, endpoint_url: str | None = None
+) -> Host:
     """A host whose state lives under ``directory``."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TL_", "PG"))}
     environment |= {
@@ -96,7 +105,12 @@ def working_directory() -> Iterator[Path]:
 @contextlib.contextmanager
 def pgbench_source(size_bytes: int, major: int = 15) -> Iterator[PostgresServer]:
     """A server holding a pgbench database of about that size."""
-    settings = {"max_wal_size": "4GB", "checkpoint_timeout": "1h", "shared_buffers": "256MB", "autovacuum": "off"}
+    settings = {
+        "max_wal_size": "4GB",
+        "checkpoint_timeout": "1h",
+        "shared_buffers": "256MB",
+        "autovacuum": "off",
+    }
     with running_server(major, settings=settings) as server:
         scale = max(1, size_bytes // PGBENCH_BYTES_PER_SCALE)
         server.tool("pgbench", "-i", "-I", "dtgvp", "-q", "-s", str(scale), "-h", str(server.sockets), "-p", str(server.port),
@@ -108,7 +122,11 @@ def pgbench_source(size_bytes: int, major: int = 15) -> Iterator[PostgresServer]
 def first_row(bin_dir: Path, dsn: str, query: str) -> str:
     """The first row of a query, through a fresh psql."""
     result = subprocess.run(
-        [str(bin_dir / "psql"), "-XAtq", dsn, "-c", query], capture_output=True, text=True, timeout=120, check=True
+        [str(bin_dir / "psql"), "-XAtq", dsn, "-c", query],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     return result.stdout.strip()
 

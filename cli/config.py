@@ -55,7 +55,8 @@ class Settings:
         """The source's conninfo; raises UsageError when none was named anywhere."""
         if self.source is None:
             raise UsageError(
-                "no source server given", hint='name it with --source "host=… user=…", TL_SOURCE, or in tl.toml'
+                "no source server given",
+                hint='name it with --source "host=… user=…", TL_SOURCE, or in tl.toml',
             )
         return self.source
 
@@ -173,7 +174,9 @@ def resolve(
     elif not known:
         return settings
     else:
-        raise UsageError(f"{path} configures several clusters", hint=f"choose with --cluster: {', '.join(known)}")
+        raise UsageError(
+            f"{path} configures several clusters", hint=f"choose with --cluster: {', '.join(known)}"
+        )
     if wanted and store is not None and chosen.store != store:
         raise UsageError("--store and --cluster name different stores")
     return replace(
@@ -210,7 +213,9 @@ def store_options(command: F) -> F:
         click.option("--region", metavar="NAME", help="AWS region of the bucket."),
         click.option("--endpoint-url", metavar="URL", help="Server of an S3-compatible store."),
         click.option("--cluster", metavar="NAME", help="Cluster of tl.toml to work on."),
-        click.option("--store", metavar="URL", help="file:///path or s3://bucket/prefix (default: TL_STORE, tl.toml)."),
+        click.option(
+            "--store", metavar="URL", help="file:///path or s3://bucket/prefix (default: TL_STORE, tl.toml)."
+        ),
     ):
         wrapped = option(wrapped)
     return wrapped  # type: ignore[no-any-return]
@@ -218,4 +223,6 @@ def store_options(command: F) -> F:
 
 def source_option(command: F) -> F:
     """``--source``; put it above ``store_options``' effect, i.e. below it in the list of decorators."""
-    return click.option("--source", metavar="CONNINFO", help="The archived server (default: TL_SOURCE, tl.toml).")(command)
+    return click.option(
+        "--source", metavar="CONNINFO", help="The archived server (default: TL_SOURCE, tl.toml)."
+    )(command)

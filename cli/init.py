@@ -33,10 +33,16 @@ class InitResult:
 
 @click.command("init")
 @click.argument("store_url", metavar="STORE", required=False)
-@click.option("--name", metavar="NAME", help="Name of the cluster in tl.toml (default: last part of the store's URL).")
+@click.option(
+    "--name", metavar="NAME", help="Name of the cluster in tl.toml (default: last part of the store's URL)."
+)
 @click.option("--no-save", is_flag=True, help="Do not write tl.toml.")
-@click.option("--unbounded-slot", is_flag=True, help="Accept a source whose max_slot_wal_keep_size is unlimited.")
-@click.option("--application-name", default="tl", show_default=True, help="Name of the archiver on the source.")
+@click.option(
+    "--unbounded-slot", is_flag=True, help="Accept a source whose max_slot_wal_keep_size is unlimited."
+)
+@click.option(
+    "--application-name", default="tl", show_default=True, help="Name of the archiver on the source."
+)
 @source_option
 @store_options
 def init_command(
@@ -63,7 +69,9 @@ def init_command(
         path, added = save_cluster(Cluster(cluster, url, settings.endpoint_url, settings.region, source))
         result = replace(result, cluster=cluster, config_file=str(path))
         if not added:
-            note(f"note: {path} has a cluster {cluster!r} already and was left as it is; choose with --store or --name")
+            note(
+                f"note: {path} has a cluster {cluster!r} already and was left as it is; choose with --store or --name"
+            )
     if settings.json:
         emit_json(result)
         return
@@ -71,9 +79,9 @@ def init_command(
 
 
 def _without_password(conninfo: str) -> str:
-    from timeline.archive.connect import parse_conninfo
-
     from psycopg.conninfo import make_conninfo
+
+    from timeline.archive.connect import parse_conninfo
 
     said = parse_conninfo(conninfo)
     if said.pop("password", None) is not None:
@@ -94,7 +102,9 @@ async def _init(settings: Settings, *, unbounded_slot: bool, application_name: s
 
     conninfo = settings.need_source()
     clock = SystemClock()
-    preflight = await check_source(conninfo, application_name=application_name, allow_unbounded=unbounded_slot)
+    preflight = await check_source(
+        conninfo, application_name=application_name, allow_unbounded=unbounded_slot
+    )
     if preflight.refused:
         for finding in preflight.refused[1:]:
             note(f"tl: {finding.what}\nhint: {finding.cure}")
@@ -115,7 +125,8 @@ async def _init(settings: Settings, *, unbounded_slot: bool, application_name: s
             pass
         else:
             raise UsageError(
-                f"{store.url}: there is a store already", hint="choose another place, or go on with it: tl archive"
+                f"{store.url}: there is a store already",
+                hint="choose another place, or go on with it: tl archive",
             )
         leftover = await check_conditional_create(store, clock)
         meta = await create_store(store, clock)
@@ -130,11 +141,16 @@ async def _init(settings: Settings, *, unbounded_slot: bool, application_name: s
         server_version=preflight.facts.version_num,
         slot=slot_name(meta.store_id),
         findings=tuple(
-            {"severity": str(finding.severity), "code": finding.code, "what": finding.what, "cure": finding.cure}
+            {
+                "severity": str(finding.severity),
+                "code": finding.code,
+                "what": finding.what,
+                "cure": finding.cure,
+            }
             for finding in preflight.findings
             if finding.severity is not Severity.REFUSE
         ),
-        host_notes=tuple([*_host_notes(preflight.facts.major), *([leftover] if leftover else [])]),
+        host_notes=(*_host_notes(preflight.facts.major), *([leftover] if leftover else [])),
         estimate=estimate_month(database_bytes, wal_rate),
     )
 
@@ -143,7 +159,11 @@ async def _source_size(source: object) -> tuple[int, float | None]:
     from timeline.archive.source import Source
 
     assert isinstance(source, Source)
-    size = (await source.rows("select coalesce(sum(pg_catalog.pg_database_size(oid)), 0)::int8 from pg_catalog.pg_database"))[0][0]
+    size = (
+        await source.rows(
+            "select coalesce(sum(pg_catalog.pg_database_size(oid)), 0)::int8 from pg_catalog.pg_database"
+        )
+    )[0][0]
     try:
         row = (
             await source.rows(
@@ -185,7 +205,11 @@ def _print(result: InitResult) -> None:
         say(f"{'':<11} → {finding['cure']}")
     for text in result.host_notes:
         say(f"note        {text}")
-    wal = f"{estimate.wal_gb_per_day:.1f} GB of WAL a day" if estimate.wal_gb_per_day is not None else "WAL rate unknown, guessed"
+    wal = (
+        f"{estimate.wal_gb_per_day:.1f} GB of WAL a day"
+        if estimate.wal_gb_per_day is not None
+        else "WAL rate unknown, guessed"
+    )
     say(
         f"cost        about ${estimate.dollars:.2f} a month at S3's list price: {estimate.database_gb:.1f} GB database, {wal}; "
         f"{estimate.stored_gb:.1f} GB stored, {estimate.put_requests:,} PUTs"

@@ -95,7 +95,14 @@ def warn(warnings: Iterable[str]) -> None:
 def fail(error: TimelineError, *, as_json: bool) -> int:
     """Say what went wrong and how to cure it; returns the exit code."""
     if as_json:
-        emit_json({"error": error.message, "hint": error.hint, "kind": type(error).__name__, "exit_code": error.exit_code})
+        emit_json(
+            {
+                "error": error.message,
+                "hint": error.hint,
+                "kind": type(error).__name__,
+                "exit_code": error.exit_code,
+            }
+        )
     note(f"tl: {error.message}")
     if error.hint:
         note(f"hint: {error.hint}")
