@@ -100,8 +100,7 @@ class OpenFile:
         end = offset + len(data)
         if not data:
             return 0
-        if self.fd is None:
-            self._make_local_file()
+        self.make_local()
         torn = self._torn_units(offset, end)
         while torn:
             around = {unit: await self._base_unit(unit) for unit in torn}
@@ -117,14 +116,24 @@ class OpenFile:
         """Cut or extend with zeros."""
         if size == self.size:
             return
-        if self.fd is None:
-            self._make_local_file()
+        self.make_local()
         self._valid_bytes = self._overlay.truncate(self._local, size, self._base_path, self._valid_bytes)
         self.size = size
 
-    def _make_local_file(self) -> None:
-        self.fd = self._adopt()
-        self.unsynced_name = True
+    def make_local(self) -> None:
+        """Make the overlay's file, if there is none yet."""
+        if self.fd is None:
+            self.fd = self._adopt()
+            self.unsynced_name = True
+
+    def groups_to_fetch(self, groups: range) -> range:
+        """The part of ``groups`` that may show the snapshot."""
+        start, stop = groups.start, min(groups.stop, len(self._complete))
+        while start < stop and self._complete[start]:
+            start += 1
+        while stop > start and self._complete[stop - 1]:
+            stop -= 1
+        return range(start, stop)
 
     @property
     def _content(self) -> BaseContent:
