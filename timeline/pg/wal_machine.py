@@ -50,7 +50,7 @@ class Machine:
         self.segment_bytes = segment_bytes
         state = np.zeros(wal_scan.STATE_SLOTS, np.int64)
         state[wal_scan.LSN] = position
-        state[wal_scan.CLEAN] = position
+        state[wal_scan.CLEAN] = -1
         state[wal_scan.PREVIOUS] = -1
         state[wal_scan.SEGMENT] = segment_bytes
         state[wal_scan.TLI] = tli
@@ -105,7 +105,7 @@ class Machine:
         """Where reading could begin again without losing anything but what is already reported."""
         scan, state = self._scan, self.state
         stage = int(state[scan.STAGE])
-        if stage in (scan.ZERO, scan.FOREIGN):
+        if state[scan.CLEAN] >= 0:
             return int(state[scan.CLEAN])
         if stage != scan.LENGTH:
             return int(state[scan.RECORD])
@@ -117,7 +117,8 @@ class Machine:
     @property
     def at_zeros(self) -> bool:
         """Whether the bytes read last are zeros after the end of WAL (a file's tail, never a stream's)."""
-        return bool(self.state[self._scan.STAGE] == self._scan.ZERO)
+        scan, state = self._scan, self.state
+        return bool(state[scan.CLEAN] >= 0 and state[scan.STAGE] != scan.FOREIGN)
 
     def take(self, slot: int) -> int:
         """Read a counter of the state and set it to zero."""

@@ -252,8 +252,10 @@ def _read(wal: Buffer, start: Lsn, at: Lsn, count: int, segment_bytes: int | Non
                 segment_bytes is not None and size != page_header_bytes(lsn, segment_bytes)
             ):
                 raise WalFormatError(lsn, "expected the header of this page")
-            if bool(flags & _IS_CONTINUATION) != bool(out):
+            if out and not flags & _IS_CONTINUATION:
                 raise WalFormatError(lsn, f"expected a page that continues the record at {at}")
+            if not out and flags & _IS_CONTINUATION:
+                raise WalFormatError(lsn, "expected a page that begins with a record of its own")
             lsn += size
         length = min(count - len(out), PAGE_BYTES - lsn % PAGE_BYTES)
         out += _slice(wal, start, lsn, length, at)

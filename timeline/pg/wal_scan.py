@@ -51,7 +51,7 @@ PREVIOUS = 24  # start of the last complete record, -1 when unknown
 RECORDS = 25
 LAST_START = 26
 LAST_END = 27
-CLEAN = 28  # where to begin again in the stages ZERO and FOREIGN
+CLEAN = 28  # where the zeros or the foreign record being skipped begin, -1 outside of them
 SEGMENT = 29  # bytes
 TLI = 30
 MAJOR = 31  # 0 until a page told
@@ -201,7 +201,8 @@ def _check_page(header, page, stage, left, st):
     first = st[FIRST_PAGE] != 0
     st[FIRST_PAGE] = 0
     if between and magic == 0 and flags == 0 and tli == 0 and address == 0 and rest == 0:
-        st[CLEAN] = page
+        if st[CLEAN] < 0:
+            st[CLEAN] = page
         return ZERO
     major = _major_of(magic)
     if major == 0:
@@ -237,6 +238,7 @@ def _check_page(header, page, stage, left, st):
     continued = (flags & 0x01) != 0
     if between:
         if not continued:
+            st[CLEAN] = -1
             return LENGTH
         if first and rest > 0:
             st[CLEAN] = page
@@ -245,6 +247,7 @@ def _check_page(header, page, stage, left, st):
         return stage
     if (flags & 0x08) != 0:
         # The server crashed before the rest was flushed, and wrote another record here instead.
+        st[CLEAN] = -1
         return LENGTH
     if not continued:
         _fail(st, NO_CONTINUATION, page, 0, left)
@@ -299,6 +302,7 @@ def scan(data, begin, st, header, field, record_refs, main, refs, commits, event
                     stage = LENGTH
             elif stage == FOREIGN:
                 if left == 0 and lsn & 7 == 0:
+                    st[CLEAN] = -1
                     stage = LENGTH
             elif stage == X_NEXT:
                 # The sections of a commit or abort record in their order, up to the two-phase xid.
@@ -442,7 +446,8 @@ def scan(data, begin, st, header, field, record_refs, main, refs, commits, event
                 total = _u32(src, p)
                 st[RECORD] = lsn - 4
                 if total == 0:
-                    st[CLEAN] = lsn - 4
+                    if st[CLEAN] < 0:
+                        st[CLEAN] = lsn - 4
                     stage = ZERO
                     span = i
                     continue
