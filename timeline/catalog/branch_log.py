@@ -50,6 +50,23 @@ class LogHead:
     state: BranchState
 
 
+async def read_head(store: Store, branch: str) -> LogHead | None:
+    """The head of a branch's log; ``None`` for a branch that was never begun.
+
+    Costs one LIST and one GET while states are small, else up to 100 GETs. Raises DamagedStore,
+    MissingObject.
+    """
+    try:
+        return await _read_head_once(store, branch)
+    except NotFound:
+        # The collector may have removed what an already superseded head was built on.
+        pass
+    try:
+        return await _read_head_once(store, branch)
+    except NotFound as error:
+        raise MissingObject(error.key) from error
+
+
 class BranchLog:
     """The log of one branch; reading needs read and list permission only (P10)."""
 
@@ -61,20 +78,8 @@ class BranchLog:
         self.branch = branch
 
     async def load(self) -> LogHead | None:
-        """The head; ``None`` for a branch that was never begun.
-
-        Costs one LIST and one GET while states are small, else up to 100 GETs. Raises DamagedStore,
-        MissingObject.
-        """
-        try:
-            return await self._load_once()
-        except NotFound:
-            # The collector may have removed what an already superseded head was built on.
-            pass
-        try:
-            return await self._load_once()
-        except NotFound as error:
-            raise MissingObject(error.key) from error
+        """The head; as ``read_head``."""
+        return await read_head(self._store, self.branch)
 
     async def append(self, change: Change, *, epoch: int = 0) -> LogHead:
         """Commit a change; the newest head, which includes it and perhaps later changes of others.
@@ -127,46 +132,9 @@ class BranchLog:
                 await self._clock.sleep(self._clock.random() * _WAIT_SECONDS)
         raise Unavailable(f"branch {self.branch}: lost the race for an epoch {ATTEMPTS} times")
 
-    async def _load_once(self) -> LogHead | None:
-        number = await self._newest_number()
-        return None if number is None else await self._head_at(number)
-
-    async def _newest_number(self) -> int | None:
-        prefix = keys.log_prefix(self.branch)
-        listed = await self._store.list(prefix, limit=1)
-        if not listed:
-            return None
-        parsed = keys.parse_log_entry(listed[0].key)
-        if parsed is None:
-            raise DamagedStore(listed[0].key, 0, "expected nothing but log entries here")
-        return parsed[1]
-
-    async def _head_at(self, newest: int) -> LogHead:
-        entry = await self._entry(newest)
-        since: list[LogEntry] = []
-        earlier: list[LogEntry] = []
-        while entry.state is None:
-            if entry.number % STATE_EVERY == 0:
-                raise DamagedStore(
-                    keys.log_entry(self.branch, entry.number), 0, f"expected a state in entry {entry.number}"
-                )
-            since.append(entry)
-            if not earlier:
-                checkpoint = entry.number - entry.number % STATE_EVERY
-                earlier = await self._entries(range(max(entry.number - _GETS, checkpoint), entry.number))
-            entry = earlier.pop()
-        return LogHead(newest, _replay(entry.state, since[::-1]))
-
-    async def _entries(self, numbers: range) -> list[LogEntry]:
-        return await in_parallel(numbers, self._entry, limit=_GETS)
-
-    async def _entry(self, number: int) -> LogEntry:
-        key = keys.log_entry(self.branch, number)
-        return decode_entry(await self._store.get(key), key)
-
     async def _confirm(self, mine: LogEntry) -> LogHead | None:
         """The newest head if my entry is part of the log, ``None`` if it never was (see Zombies above)."""
-        newest = await self._newest_number()
+        newest = await _newest_number(self._store, self.branch)
         if newest == mine.number and mine.state is not None:
             return LogHead(mine.number, mine.state)
         if newest is None or newest < mine.number:
@@ -174,7 +142,7 @@ class BranchLog:
                 keys.log_entry(self.branch, mine.number), 0, "expected the entry just created in a listing"
             )
         try:
-            head = await self._head_at(newest)
+            head = await _head_at(self._store, self.branch, newest)
             return head if await self._stands_in(mine, newest) else None
         except NotFound:
             return None
@@ -190,7 +158,9 @@ class BranchLog:
             raise ValueError("an entry of one's own has its state")
         state = mine.state
         for first in range(mine.number + 1, newest + 1, _GETS):
-            for entry in await self._entries(range(first, min(first + _GETS, newest + 1))):
+            for entry in await _read_entries(
+                self._store, self.branch, range(first, min(first + _GETS, newest + 1))
+            ):
                 try:
                     state = entry.change.apply(state)
                 except LogConflict:
@@ -198,6 +168,45 @@ class BranchLog:
                 if entry.state is not None:
                     return entry.state == state
         return True
+
+
+async def _read_head_once(store: Store, branch: str) -> LogHead | None:
+    newest = await _newest_number(store, branch)
+    return None if newest is None else await _head_at(store, branch, newest)
+
+
+async def _newest_number(store: Store, branch: str) -> int | None:
+    listed = await store.list(keys.log_prefix(branch), limit=1)
+    if not listed:
+        return None
+    parsed = keys.parse_log_entry(listed[0].key)
+    if parsed is None:
+        raise DamagedStore(listed[0].key, 0, "expected nothing but log entries here")
+    return parsed[1]
+
+
+async def _head_at(store: Store, branch: str, newest: int) -> LogHead:
+    (entry,) = await _read_entries(store, branch, range(newest, newest + 1))
+    since: list[LogEntry] = []
+    earlier: list[LogEntry] = []
+    while entry.state is None:
+        if entry.number % STATE_EVERY == 0:
+            raise DamagedStore(keys.log_entry(branch, entry.number), 0, "expected a state in this entry")
+        since.append(entry)
+        if not earlier:
+            checkpoint = entry.number - entry.number % STATE_EVERY
+            numbers = range(max(entry.number - _GETS, checkpoint), entry.number)
+            earlier = await _read_entries(store, branch, numbers)
+        entry = earlier.pop()
+    return LogHead(newest, _replay(entry.state, since[::-1]))
+
+
+async def _read_entries(store: Store, branch: str, numbers: range) -> list[LogEntry]:
+    async def read(number: int) -> LogEntry:
+        key = keys.log_entry(branch, number)
+        return decode_entry(await store.get(key), key)
+
+    return await in_parallel(numbers, read, limit=_GETS)
 
 
 def _replay(state: BranchState, entries: list[LogEntry]) -> BranchState:
