@@ -24,6 +24,7 @@ from timeline.catalog.branch_log import LogHead, read_head
 from timeline.catalog.index_reader import IndexReader
 from timeline.catalog.line import Line, Run, Span, WalSpan, line_of, needed_tails, runs_on
 from timeline.catalog.meta import read_meta
+from timeline.catalog.parallel import in_parallel
 from timeline.catalog.resolve import Resolver
 from timeline.catalog.tail import Tail, find_tail
 from timeline.catalog.target import ReachableRange, Target
@@ -156,7 +157,7 @@ class History:
 
     async def _resolver(self, line: Line) -> Resolver:
         tlis = needed_tails(self.state, line)
-        await asyncio.gather(*(self._tail(tli) for tli in tlis))
+        await in_parallel(tlis, self._tail, limit=4)
         runs = runs_on(self.state, line, {tli: self._tails[tli] for tli in tlis})
         coverages = [tail.coverage for tail in self._tails.values() if tail.coverage is not None]
         if self.state.coverage is not None:
