@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from restore.host import Host
-from restore.plan import BranchPlan, SegmentFile
+from restore.plan import BranchPlan, SegmentFile, WalSpan
 from restore.wal_creates import find_creates, has_path
 from timeline.clock import Clock
 from timeline.errors import CheckFailed, TimelineError
@@ -65,8 +65,8 @@ while :; do
 done
 """
 
-WalReader = Callable[[int, Lsn, Lsn], AsyncGenerator[tuple[Lsn, bytes], None]]
-"""Reads WAL [start, end) of one tli: consecutive verified pieces, each with its LSN."""
+WalReader = Callable[[Sequence[WalSpan]], AsyncGenerator[tuple[Lsn, bytes | memoryview], None]]
+"""Reads the WAL of the spans: consecutive verified pieces, each with its LSN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +125,9 @@ async def write_wal(
             writer.release(segment)
 
     try:
-        for span in plan.spans:
-            async with aclosing(read(span.tli, span.start, span.end)) as pieces:
-                async for lsn, data in pieces:
-                    await release(await asyncio.to_thread(writer.write, lsn, data))
+        async with aclosing(read(plan.spans)) as pieces:
+            async for lsn, data in pieces:
+                await release(await asyncio.to_thread(writer.write, lsn, data))
         await release(await asyncio.to_thread(writer.finish))
     finally:
         writer.close()
@@ -198,7 +197,7 @@ class _SegmentWriter:
         self._end = plan.lsn
         self._open: list[_Open] = []
 
-    def write(self, lsn: Lsn, data: bytes) -> list[SegmentFile]:
+    def write(self, lsn: Lsn, data: bytes | memoryview) -> list[SegmentFile]:
         """Add bytes; the segments that may be released now."""
         if lsn != self._position:
             raise TimelineError(f"the WAL read goes on at {lsn} where {self._position} was expected")

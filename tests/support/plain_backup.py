@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from restore.plan import BranchPlan, make_plan
+from restore.plan import BranchPlan, WalSpan, make_plan
 from tests.support.postgres import PostgresServer
 from timeline.format.log import Incarnation, Setting, Snapshot, Tli
 from timeline.format.manifest import ManifestRef
@@ -31,16 +31,18 @@ class PlainBackup:
     snapshot: Snapshot
     incarnation: Incarnation
 
-    async def read(self, tli: int, start: Lsn, end: Lsn) -> AsyncGenerator[tuple[Lsn, bytes], None]:
+    async def read(self, spans: Sequence[WalSpan]) -> AsyncGenerator[tuple[Lsn, bytes], None]:
         """A WalReader over the server's pg_wal."""
         segment_bytes = self.incarnation.segment_bytes
-        position = start
-        while position < end:
-            path = self.server.data / "pg_wal" / segment_name(tli, position, segment_bytes)
-            stop = min(end, segment_start(position, segment_bytes) + segment_bytes, position + _PIECE_BYTES)
-            with path.open("rb") as file:
-                yield position, os.pread(file.fileno(), stop - position, position % segment_bytes)
-            position = Lsn(stop)
+        for span in spans:
+            position = span.start
+            while position < span.end:
+                path = self.server.data / "pg_wal" / segment_name(span.tli, position, segment_bytes)
+                boundary = segment_start(position, segment_bytes) + segment_bytes
+                stop = min(span.end, boundary, position + _PIECE_BYTES)
+                with path.open("rb") as file:
+                    yield position, os.pread(file.fileno(), stop - position, position % segment_bytes)
+                position = Lsn(stop)
 
     def plan(self, lsn: Lsn, *, slots: tuple[str, ...] = ()) -> BranchPlan:
         """The plan for that LSN on the server's present tli."""

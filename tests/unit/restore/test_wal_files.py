@@ -8,7 +8,7 @@ import os
 import struct
 import subprocess
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -64,10 +64,10 @@ def host(tmp_path: Path) -> Host:
 
 
 def reader_of(wal: bytes, start: int, piece_bytes: int = 100_003):  # type: ignore[no-untyped-def]
-    async def read(tli: int, first: Lsn, last: Lsn) -> AsyncGenerator[tuple[Lsn, bytes], None]:
-        position = int(first)
+    async def read(spans: Sequence[WalSpan]) -> AsyncGenerator[tuple[Lsn, bytes], None]:
+        position, last = int(spans[0].start), int(spans[-1].end)
         while position < last:
-            stop = min(position + piece_bytes, int(last))
+            stop = min(position + piece_bytes, last)
             yield Lsn(position), bytes(wal[position - start : stop - start])
             position = stop
 
@@ -145,8 +145,9 @@ def test_bytes_of_two_tlis_make_one_file(tmp_path: Path, host: Host) -> None:
     )
     parent, child = b"\x11" * MIB, b"\x22" * MIB
 
-    async def read(tli: int, first: Lsn, last: Lsn) -> AsyncGenerator[tuple[Lsn, bytes], None]:
-        yield first, {1: parent, 2: child}[tli][: last - first]
+    async def read(spans: Sequence[WalSpan]) -> AsyncGenerator[tuple[Lsn, bytes], None]:
+        for span in spans:
+            yield span.start, {1: parent, 2: child}[span.tli][: span.end - span.start]
 
     directory = tmp_path / "wal"
     directory.mkdir()
@@ -160,7 +161,8 @@ def test_bytes_of_two_tlis_make_one_file(tmp_path: Path, host: Host) -> None:
 def test_wal_that_does_not_join_up_is_refused(missing: str, tmp_path: Path, host: Host) -> None:
     """P7: never a silently different state; and no file has its final name."""
 
-    async def read(tli: int, first: Lsn, last: Lsn) -> AsyncGenerator[tuple[Lsn, bytes], None]:
+    async def read(spans: Sequence[WalSpan]) -> AsyncGenerator[tuple[Lsn, bytes], None]:
+        first, last = spans[0].start, spans[-1].end
         yield first, bytes(4096)
         if missing == "middle":
             yield Lsn(first + 8192), bytes(last - first - 8192)
