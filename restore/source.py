@@ -56,6 +56,10 @@ class ExtentSource:
         """The content of one of its files."""
         return SourceFile(self, row.path, row.size, row.content, row.born)
 
+    async def open_index(self) -> None:
+        """Read the footers of the page manifests."""
+        await self.index.open()
+
     async def fetch_boot_set(self) -> int:
         """Bring the extents of the boot set into memory and cache, in few large requests; how many it has."""
         if self.snapshot.boot is None:

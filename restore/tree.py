@@ -18,7 +18,7 @@ import errno
 import itertools
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -257,14 +257,27 @@ class Tree:
         """Write all of it; how many bytes that were."""
         return await self._handles[handle].file.write(offset, data)
 
-    def unsynced(self, handle: int) -> tuple[int | None, str | None]:
-        """What an fsync must sync: the descriptor, and the directory whose entry is new, if any."""
+    async def sync(self, handle: int, in_thread: Callable[[Callable[[], None]], Awaitable[None]]) -> None:
+        """Bring the file, and the directories that name it when they are new, to the disk."""
         opened = self._handles[handle]
+        file, node = opened.file, opened.node
+        fd = file.fd
+        if fd is None:
+            return
         directory = None
-        if opened.file.unsynced_name and not opened.node.gone and opened.node.parent is not None:
-            directory = self._path(opened.node.parent)
-        opened.file.unsynced_name = False
-        return opened.file.fd, directory
+        if file.unsynced_name and not node.gone and node.parent is not None:
+            directory = self._path(node.parent)
+        file.unsynced_name = False
+        try:
+            await in_thread(lambda: self._sync_now(fd, directory))
+        except OSError:
+            file.unsynced_name = True
+            raise
+
+    def _sync_now(self, fd: int, directory: str | None) -> None:
+        os.fdatasync(fd)
+        if directory is not None:
+            self.overlay.sync_dirs(directory)
 
     def directory_path(self, handle: int) -> str:
         """Overlay path of an open directory, for its fsync."""

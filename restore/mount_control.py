@@ -1,0 +1,55 @@
+"""What other processes may ask of a mount: to fetch ahead what they know will be read.
+
+The request is an extended attribute set on the mount's root, so that it needs no socket and no permission
+beyond writing there: lines of ``<first block> <blocks> <path>``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from timeline.format.extent import GROUP_BLOCKS
+
+PREFETCH_ATTRIBUTE = b"user.tl.prefetch"
+_MAX_VALUE_BYTES = 60_000
+"""Below the kernel's bound for one attribute (64 KiB)."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRange:
+    """Blocks of 8 KiB of one file of the data directory."""
+
+    path: str
+    """Relative, as the snapshot lists it."""
+    first_block: int
+    blocks: int
+
+    @property
+    def groups(self) -> range:
+        """The groups they lie in."""
+        return range(self.first_block // GROUP_BLOCKS, -(-(self.first_block + self.blocks) // GROUP_BLOCKS))
+
+
+def prefetch(mountpoint: str | os.PathLike[str], wanted: Iterable[BlockRange]) -> None:
+    """Ask the mount to begin fetching; returns at once, promises nothing. Raises OSError when there is no
+    mount."""
+    lines: list[bytes] = []
+    held = 0
+    for blocks in wanted:
+        line = f"{blocks.first_block} {blocks.blocks} {blocks.path}\n".encode("utf-8", "surrogateescape")
+        if held + len(line) > _MAX_VALUE_BYTES:
+            os.setxattr(mountpoint, PREFETCH_ATTRIBUTE, b"".join(lines))
+            lines, held = [], 0
+        lines.append(line)
+        held += len(line)
+    if lines:
+        os.setxattr(mountpoint, PREFETCH_ATTRIBUTE, b"".join(lines))
+
+
+def decode_prefetch(value: bytes) -> Iterator[BlockRange]:
+    """The ranges of one request; raises ValueError."""
+    for line in value.decode("utf-8", "surrogateescape").splitlines():
+        first, blocks, path = line.split(" ", 2)
+        yield BlockRange(path, int(first), int(blocks))
