@@ -7,6 +7,7 @@ replay can cost committed rows (EDGE 56).
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from restore.binaries import Binaries
 from restore.host import Host
-from restore.process import children, is_alive, send, start_time
+from restore.process import children, command_line, is_alive, send, start_time
 from timeline.clock import Clock
 from timeline.errors import TimelineError, Unavailable
 from timeline.format.log import Setting
@@ -54,27 +55,61 @@ class Postmaster:
     """When the process began (restore/process.py)."""
 
 
-async def start(
-    instance: Instance, clock: Clock, *, options: Sequence[Setting] = (), ready_seconds: float
-) -> Postmaster:
-    """Start Postgres and wait until it is ready, at most ``ready_seconds``.
+@dataclass(slots=True)
+class Launch:
+    """A server process of ours on its way to being ready."""
 
-    Raises TimelineError with Postgres's own words when it ends instead, Unavailable when the time is up.
-    Nothing of it is left running then, nor when the wait is cancelled.
-    """
+    instance: Instance
+    postmaster: Postmaster
+    _process: subprocess.Popen[bytes]
+    _log_offset: int
+
+    async def wait(self, clock: Clock, *, ready_seconds: float) -> Postmaster:
+        """Wait until it is ready, at most ``ready_seconds``; call once.
+
+        Raises TimelineError with Postgres's own words when it ends instead, Unavailable when the time is up.
+        Nothing of it is left running then, nor when the wait is cancelled.
+        """
+        try:
+            await _wait_until_ready(self.instance, self._process, self._log_offset, clock, ready_seconds)
+        except BaseException:
+            await asyncio.shield(kill(self.postmaster, clock))
+            raise
+        finally:
+            # It outlives us: Popen must neither wait for it nor complain that we did not.
+            self._process.returncode = 0
+        return self.postmaster
+
+
+def launch(instance: Instance, *, options: Sequence[Setting] = ()) -> Launch:
+    """Start Postgres; raises TimelineError when it cannot be run at all."""
     # A file left by a crash may name a pid that belongs to someone else by now, and Postgres would give way.
     (instance.data / "postmaster.pid").unlink(missing_ok=True)
     process, log_offset = _spawn(instance, options)
-    postmaster = Postmaster(process.pid, start_time(process.pid) or "")
+    return Launch(instance, Postmaster(process.pid, start_time(process.pid) or ""), process, log_offset)
+
+
+async def start(
+    instance: Instance, clock: Clock, *, options: Sequence[Setting] = (), ready_seconds: float
+) -> Postmaster:
+    """``launch`` and ``wait``."""
+    return await launch(instance, options=options).wait(clock, ready_seconds=ready_seconds)
+
+
+def find_postmaster(data: Path) -> Postmaster | None:
+    """The server that runs on that directory, by what ``postmaster.pid`` says and the process itself
+    confirms.
+
+    For directories whose own record of it was lost; ``None`` when there is none or nobody can tell.
+    """
     try:
-        await _wait_until_ready(instance, process, log_offset, clock, ready_seconds)
-    except BaseException:
-        await kill(postmaster, clock)
-        raise
-    finally:
-        # It outlives us: Popen must neither wait for it nor complain that we did not.
-        process.returncode = 0
-    return postmaster
+        pid = int((data / "postmaster.pid").read_text().split("\n")[0])
+    except (OSError, ValueError):
+        return None
+    started = start_time(pid)
+    if pid <= 1 or started is None or str(data) not in command_line(pid):
+        return None
+    return Postmaster(pid, started)
 
 
 def _spawn(instance: Instance, options: Sequence[Setting]) -> tuple[subprocess.Popen[bytes], int]:

@@ -86,6 +86,8 @@ class LocalBranch:
     server: Server | None = None
     """``None`` until planned."""
     replayed_bytes: int = 0
+    preload: tuple[str, ...] = ()
+    """Libraries asked for by name."""
     warnings: tuple[str, ...] = ()
 
     def is_void(self, boot_id: str) -> bool:

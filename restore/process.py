@@ -67,3 +67,11 @@ def children(pid: int) -> list[tuple[int, str]]:
         if int(fields[1]) == pid and fields[0] not in ("Z", "X"):
             found.append((int(entry), fields[19]))
     return found
+
+
+def command_line(pid: int) -> list[str]:
+    """Arguments of a process, Linux only; elsewhere, and of a process that is gone, none."""
+    try:
+        return [os.fsdecode(part) for part in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+    except (FileNotFoundError, ProcessLookupError):
+        return []

@@ -100,6 +100,11 @@ class BranchSettings:
         """The value of one setting, ``None`` when Postgres's own default holds."""
         return next((setting.value for setting in self.settings if setting.name == name), None)
 
+    def replacing(self, **values: str) -> BranchSettings:
+        """The same with other values for settings that it has."""
+        changed = (Setting(each.name, values.get(each.name, each.value)) for each in self.settings)
+        return BranchSettings(tuple(changed), self.warnings)
+
 
 def branch_settings(
     major: int,

@@ -1,0 +1,315 @@
+"""Branches of this host: make, start, stop, delete, list, expire.
+
+One process works on a branch at a time (its lock); a second one is told to try again. A make that fails
+or is cancelled leaves no process, mount, directory or name; one that is killed leaves debris, which the
+next call of any of these removes. Postgres and the mount outlive the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from restore import agent, mount_table
+from restore.binaries import Binaries, find_binaries
+from restore.branch_make import BranchMaker, ready_seconds
+from restore.branch_request import (
+    AUTO,
+    DEFAULT_TTL_SECONDS,
+    BranchRequest,
+    BranchResult,
+    BranchStatus,
+    dsn_of,
+)
+from restore.branches import Branches
+from restore.compute import Instance, Postmaster, find_postmaster, kill, launch, stop
+from restore.host import Host, find_host
+from restore.lazy_data import mount_stats, remount_data, unmount_data
+from restore.lazy_host import lazy_obstacle
+from restore.local_branch import COPY, DELETING, LAZY, READY, LocalBranch, Server
+from restore.process import is_alive
+from timeline.clock import Clock
+from timeline.errors import TimelineError, UsageError
+
+_STOP_SECONDS = 60.0
+_MODES = (AUTO, LAZY, COPY)
+_IF_EXISTS = ("fail", "reuse", "reset")
+
+
+class HostBranches:
+    """The branches of one user on one host."""
+
+    def __init__(self, host: Host, clock: Clock, environ: Mapping[str, str]) -> None:
+        self.host = host
+        self.registry = Branches(host, clock)
+        self._clock = clock
+        self._environ = environ
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str], clock: Clock) -> HostBranches:
+        """As the environment describes the host; raises UsageError."""
+        return cls(find_host(environ), clock, environ)
+
+    async def create(self, request: BranchRequest) -> BranchResult:
+        """Make a branch and start it; raises what names the cause, and then leaves nothing behind."""
+        began = self._clock.monotonic()
+        _check(request)
+        self.host.make()
+        await self.sweep()
+        existing = self.registry.find(request.name) if request.name is not None else None
+        if existing is not None and request.if_exists == "reuse":
+            return await self.start(existing.name)
+        if existing is not None and request.if_exists == "reset":
+            await self.delete(existing.name)
+        mode = self._choose_mode(request)
+        ttl = request.ttl_seconds
+        if ttl is None and request.name is None:
+            ttl = DEFAULT_TTL_SECONDS
+        branch, lock = self.registry.reserve(
+            request.name,
+            mode=mode,
+            expires=None if ttl is None else self._clock.now() + int(ttl * 1_000_000),
+            # What is made for a short life is not worth waiting for the disk.
+            durable=ttl is None or mode == COPY,
+        )
+        with lock:
+            maker = BranchMaker(request, branch, self.registry, self._clock, self._environ)
+            try:
+                branch = dataclasses.replace(await maker.make(), phase=READY)
+                if branch.expires is not None:
+                    await self._register_expiry(branch)
+                self.registry.save(branch)
+            except BaseException:
+                await asyncio.shield(self._remove(maker.branch))
+                raise
+        elapsed = self._clock.monotonic() - began
+        return self._result(branch, elapsed, maker.counters.requests, maker.counters.fetched_bytes)
+
+    async def start(self, name: str) -> BranchResult:
+        """Start a branch that is not running, after a stop, a crash or a reboot.
+
+        Raises UsageError for one that a reboot made void.
+        """
+        began = self._clock.monotonic()
+        branch = self.registry.get(name)
+        with self.registry.lock(branch):
+            branch = self.registry.reread(branch)
+            if self._state(branch) != "running":
+                branch = await self._start(branch)
+        return self._result(branch, self._clock.monotonic() - began, 0, 0)
+
+    async def stop(self, name: str) -> None:
+        """Shut a branch down in an orderly way and unmount it; its data stays. No error when it is down."""
+        branch = self.registry.get(name)
+        with self.registry.lock(branch):
+            branch = self.registry.reread(branch)
+            running = _postmaster(branch)
+            if running is not None:
+                await stop(running, self._clock, seconds=_STOP_SECONDS)
+            await self._unmount(branch)
+            self._save_process(branch, None)
+
+    async def delete(self, name: str) -> None:
+        """Delete a branch with all its data; raises UsageError when it is protected."""
+        branch = self.registry.get(name)
+        with self.registry.lock(branch):
+            branch = self.registry.reread(branch)
+            if branch.protected:
+                raise UsageError(
+                    f"branch {name!r} is protected", hint=f"take that away first: tl protect --off {name}"
+                )
+            await self._remove(branch)
+
+    def rename(self, name: str, new_name: str) -> None:
+        """Give a branch another name; its connections are not disturbed."""
+        branch = self.registry.get(name)
+        with self.registry.lock(branch):
+            self.registry.rename(self.registry.reread(branch), new_name)
+
+    def protect(self, name: str, *, protected: bool) -> None:
+        """Set or take away protection against deletion and expiry."""
+        branch = self.registry.get(name)
+        with self.registry.lock(branch):
+            self.registry.save(dataclasses.replace(self.registry.reread(branch), protected=protected))
+
+    def list(self) -> tuple[BranchStatus, ...]:
+        """All branches with what they do right now."""
+        return tuple(self._status(branch) for branch in self.registry.all())
+
+    def status(self, name: str) -> BranchStatus:
+        """One branch with what it does right now."""
+        return self._status(self.registry.get(name))
+
+    def log(self, name: str) -> Path:
+        """Where a branch's server writes its log."""
+        return self.registry.directory(self.registry.get(name).id) / "postgres.log"
+
+    def describe(self, name: str) -> BranchResult:
+        """A branch as ``create`` told it; what was fetched counts from the last start."""
+        return self._result(self.registry.get(name), 0.0, 0, 0)
+
+    async def expire(self) -> tuple[str, ...]:
+        """Delete all branches whose time is over, but protected ones; their names."""
+        await self.sweep()
+        now = self._clock.now()
+        expired = [each for each in self.registry.all() if each.has_expired(now) and not each.protected]
+        for branch in expired:
+            await self.delete(branch.name)
+        return tuple(branch.name for branch in expired)
+
+    async def sweep(self) -> tuple[str, ...]:
+        """Remove what crashes of earlier calls left; the names they had."""
+        names = []
+        for branch, lock in self.registry.debris():
+            with lock:
+                await self._remove(branch)
+            names.append(branch.name)
+        return tuple(names)
+
+    def _choose_mode(self, request: BranchRequest) -> str:
+        if request.mode == COPY:
+            return COPY
+        obstacle = lazy_obstacle(self.host)
+        if obstacle is None:
+            return LAZY
+        if request.mode == LAZY:
+            raise UsageError(f"no lazy branch on this host: {obstacle}", hint="--mode copy works without")
+        return COPY
+
+    async def _start(self, branch: LocalBranch) -> LocalBranch:
+        if branch.is_void(self.host.boot_id):
+            raise UsageError(
+                f"branch {branch.name!r} was made for a short life, and the host has been restarted since",
+                hint="delete it and make it again",
+            )
+        server = _server(branch)
+        directory = self.registry.directory(branch.id)
+        left = _postmaster(branch)
+        if left is not None:
+            # Its mount died under it: it can neither serve nor shut down.
+            await kill(left, self._clock)
+        binaries = Binaries(server.major, Path(server.bin_directory))
+        if not binaries.postgres.exists():
+            binaries = find_binaries(server.major, self._environ)
+        self.host.make()
+        if not Path(server.sockets).is_dir():
+            self.host.make_private(Path(server.sockets))
+        if branch.mode == LAZY:
+            await remount_data(directory, self.host)
+        instance = Instance(self.host, binaries, directory / "data", directory / "postgres.log")
+        starting = launch(instance)
+        branch = self._save_process(branch, starting.postmaster)
+        await starting.wait(self._clock, ready_seconds=ready_seconds(0))
+        return branch
+
+    async def _remove(self, branch: LocalBranch) -> None:
+        """End its processes, unmount, delete everything. Whoever is interrupted here leaves debris."""
+        directory = self.registry.directory(branch.id)
+        self.registry.save(dataclasses.replace(branch, phase=DELETING))
+        for running in (_postmaster(branch), find_postmaster(directory / "data")):
+            if running is not None:
+                await kill(running, self._clock)
+        await self._unmount(branch)
+        if branch.expires is not None:
+            await asyncio.to_thread(agent.unregister, self.host.state, branch.id)
+        await asyncio.to_thread(self.registry.remove, branch)
+
+    async def _unmount(self, branch: LocalBranch) -> None:
+        if branch.mode == LAZY:
+            await unmount_data(self.registry.directory(branch.id), self.host)
+
+    def _save_process(self, branch: LocalBranch, postmaster: Postmaster | None) -> LocalBranch:
+        server = dataclasses.replace(
+            _server(branch),
+            pid=postmaster.pid if postmaster else None,
+            pid_started=postmaster.started if postmaster else None,
+        )
+        branch = dataclasses.replace(branch, server=server)
+        self.registry.save(branch)
+        return branch
+
+    async def _register_expiry(self, branch: LocalBranch) -> None:
+        root = os.fspath(Path(__file__).parent.parent)
+        code = f"import sys; sys.path.insert(0, {root!r}); from cli.main import main; main()"
+        command = [sys.executable, "-c", code, "expire"]
+        await asyncio.to_thread(agent.register, self.host.state, branch.id, branch.expires or 0, command)
+
+    def _state(self, branch: LocalBranch) -> str:
+        server = branch.server
+        if server is None or server.pid is None:
+            return "void" if branch.is_void(self.host.boot_id) else "stopped"
+        alive = is_alive(server.pid, server.pid_started)
+        data = self.registry.directory(branch.id) / "data"
+        if alive and (branch.mode == COPY or _answers(data)):
+            return "running"
+        return "void" if branch.is_void(self.host.boot_id) else "broken"
+
+    def _status(self, branch: LocalBranch) -> BranchStatus:
+        return BranchStatus(branch, self._state(branch), dsn_of(_server(branch)))
+
+    def _result(
+        self, branch: LocalBranch, elapsed_seconds: float, requests: int, fetched_bytes: int
+    ) -> BranchResult:
+        origin, server = branch.origin, _server(branch)
+        if origin is None:
+            raise TimelineError(f"branch {branch.name!r} does not know where it comes from")
+        directory = self.registry.directory(branch.id)
+        stats = mount_stats(directory) if branch.mode == LAZY else None
+        return BranchResult(
+            name=branch.name,
+            id=branch.id,
+            parent=origin.parent,
+            lsn=origin.lsn,
+            time=origin.time,
+            last_commit_time=origin.last_commit_time,
+            next_commit_time=origin.next_commit_time,
+            dsn=dsn_of(server),
+            port=server.port,
+            pid=server.pid,
+            data_directory=str(directory / "data"),
+            mode=branch.mode,
+            expires=branch.expires,
+            elapsed_seconds=elapsed_seconds,
+            replayed_bytes=branch.replayed_bytes,
+            fetched_bytes=fetched_bytes + (stats.fetched_bytes if stats else 0),
+            requests=requests + (stats.requests if stats else 0),
+            warnings=branch.warnings,
+        )
+
+
+def _check(request: BranchRequest) -> None:
+    if request.mode not in _MODES:
+        raise UsageError(f"no mode {request.mode!r}", hint=f"modes are {', '.join(_MODES)}")
+    if request.if_exists not in _IF_EXISTS:
+        raise UsageError(f"not a choice: {request.if_exists!r}", hint=f"choices are {', '.join(_IF_EXISTS)}")
+    if request.ttl_seconds is not None and request.ttl_seconds <= 0:
+        raise UsageError("a time to live must be positive")
+
+
+def _server(branch: LocalBranch) -> Server:
+    if branch.server is None:
+        raise TimelineError(f"branch {branch.name!r} was never planned")
+    return branch.server
+
+
+def _postmaster(branch: LocalBranch) -> Postmaster | None:
+    """Its server, if that very process is alive."""
+    server = branch.server
+    if server is None or server.pid is None or not is_alive(server.pid, server.pid_started):
+        return None
+    return Postmaster(server.pid, server.pid_started or "")
+
+
+def _answers(mountpoint: Path) -> bool:
+    """Whether the mount there is alive; a dead one fails at once, with ENOTCONN."""
+    if mount_table.find(mountpoint) is None:
+        return False
+    with contextlib.suppress(OSError):
+        os.stat(mountpoint / "global")
+        return True
+    return False

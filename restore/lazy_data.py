@@ -1,0 +1,62 @@
+"""A branch's lazy data directory: its overlay and its mount."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from restore import agent
+from restore.host import Host
+from restore.local_branch import LocalBranch
+from restore.mount_spec import MountSpec, MountStats, encode_spec, read_stats
+from restore.overlay import Overlay
+from timeline.errors import TimelineError
+from timeline.format.log import Snapshot
+
+
+def make_overlay(directory: Path) -> Overlay:
+    """An empty overlay in the branch's directory; raises OverlayUnusable."""
+    return Overlay.create(directory / "overlay")
+
+
+async def mount_data(
+    directory: Path, branch: LocalBranch, snapshot: Snapshot, host: Host, *, cache_bytes: int
+) -> None:
+    """Write ``mount.json`` and mount ``data``; raises TimelineError."""
+    origin = branch.origin
+    if origin is None:
+        raise TimelineError(f"branch {branch.name!r} does not know its store")
+    mountpoint = directory / "data"
+    mountpoint.mkdir(mode=0o700, exist_ok=True)
+    spec = MountSpec(
+        store_url=origin.store_url,
+        endpoint_url=origin.endpoint_url,
+        region=origin.region,
+        branch=origin.parent,
+        snapshot=snapshot,
+        overlay=str(directory / "overlay"),
+        mountpoint=str(mountpoint),
+        uid=host.account.uid,
+        gid=host.account.gid,
+        durable=branch.durable,
+        log=str(directory / "mount.log"),
+        stats=str(directory / "stats.json"),
+        cache=str(host.cache),
+        cache_bytes=cache_bytes,
+    )
+    (directory / "mount.json").write_bytes(encode_spec(spec))
+    await agent.mount_async(host.state, directory / "mount.json")
+
+
+async def remount_data(directory: Path, host: Host) -> None:
+    """Mount what ``mount_data`` described; raises TimelineError."""
+    await agent.mount_async(host.state, directory / "mount.json")
+
+
+async def unmount_data(directory: Path, host: Host) -> None:
+    """Unmount, also what a killed mount left; no error when nothing is mounted."""
+    await agent.unmount_async(host.state, directory / "data")
+
+
+def mount_stats(directory: Path) -> MountStats | None:
+    """What the mount counted since it started."""
+    return read_stats(directory / "stats.json")
