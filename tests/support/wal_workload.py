@@ -63,6 +63,7 @@ def _relations(conn: psycopg.Connection[tuple[object, ...]]) -> None:
         "insert into shapes select g, md5(g::text), array[g], point(g, g) from generate_series(1, 50) g",
         "reset wal_consistency_checking",
         "vacuum full shapes",
+        "vacuum full pg_class",
         "truncate shapes",
         "cluster shapes using shapes_a_idx",
         "create sequence counter cache 5",
