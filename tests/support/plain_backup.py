@@ -102,12 +102,14 @@ class Scanned:
     events: tuple[WalEvent, ...]
 
 
-def take_backup(server: PostgresServer, directory: Path) -> PlainBackup:
-    """Back the server up with pg_basebackup; its WAL must not be recycled meanwhile (wal_keep_size)."""
+def take_backup(server: PostgresServer, directory: Path, *options: str) -> PlainBackup:
+    """Back the server up with pg_basebackup (and further options of it); its WAL must not be recycled
+    meanwhile (wal_keep_size)."""
     server.tool(
         "pg_basebackup",
         *("-D", str(directory), "-X", "none", "-c", "fast", "--no-manifest"),
         *("-h", str(server.sockets), "-p", str(server.port), "-U", "postgres"),
+        *options,
     )
     end = Lsn.parse(server.value("select pg_current_wal_flush_lsn()"))
     label = (directory / "backup_label").read_text()
