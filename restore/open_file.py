@@ -97,7 +97,8 @@ class OpenFile:
 
     async def write(self, offset: int, data: bytes) -> int:
         """Write all of it; raises OSError, and TimelineError when bytes around it cannot be had."""
-        end = offset + len(data)
+        given = len(data)
+        end = offset + given
         if not data:
             return 0
         self.make_local()
@@ -110,7 +111,7 @@ class OpenFile:
             torn = self._torn_units(offset, end)
         self._pwrite(data, offset)
         self.size = max(self.size, end)
-        return end - offset
+        return given
 
     def truncate(self, size: int) -> None:
         """Cut or extend with zeros."""
