@@ -132,6 +132,10 @@ def test_every_byte_arrives_and_postgres_starts_from_it(
     """Odd sizes, empty files, tablespaces, unlogged and temporary relations (EDGE 29), label and control
     file."""
     server = make_postgres(major, settings=QUIET)
+    server.stop()
+    shutil.move(server.data / "pg_wal", server.directory / "wal")
+    (server.data / "pg_wal").symlink_to(server.directory / "wal")
+    server.start()
     space = server.make_directory(server.directory / "space")
     server.sql(
         f"create tablespace elsewhere location '{space}'",

@@ -5,11 +5,11 @@ Order is kept: groups land in packs in the order they are put, so a file's exten
 that is already in the store under its (path, group), or was met a moment ago in this backup, is not stored
 again.
 
-Memory: the pack under construction, its copy while it is closed, and MAX_UPLOADS packs on their way (32 MiB
-each); MAX_JOBS batches of about BATCH_BYTES; the rows of the open pack and of packs not yet uploaded (at
-most ROWS_PER_PACK each, about 0.4 KB a row); RECENT_DIGESTS digests. Failure of an upload surfaces at the
-next call that waits for one; cancelling cancels the uploads, and what was uploaded without being named by a
-log entry is litter for the collector.
+Memory: the pack under construction, its copy while it is closed, and MAX_UPLOADS packs on their way; MAX_JOBS
+batches of about BATCH_BYTES; the rows of the open pack and of packs not yet uploaded (at most ROWS_PER_PACK
+each, about 0.4 KB a row); RECENT_DIGESTS digests. Failure of an upload surfaces at the next call that waits
+for one; cancelling cancels the uploads, and what was uploaded without being named by a log entry is litter
+for the collector.
 """
 
 from __future__ import annotations
