@@ -88,6 +88,8 @@ class CommitterStats:
     stored_bytes: int = 0
     last_commit_time: Micros | None = None
     """Latest commit or abort in what is durable, source's clock."""
+    committed_at: Micros | None = None
+    """When something last became durable, our clock."""
     stalled_since: float | None = None
     """Since when the store does not answer (monotonic)."""
     coverage: Coverage | None = field(default=None)
@@ -247,6 +249,7 @@ class Committer:
             self._durable = item.chunk.end
             self.stats.chunks += 1
             self.stats.wal_bytes += size
+            self.stats.committed_at = self._clock.now()
             if item.max_commit_time is not None:
                 self.stats.last_commit_time = item.max_commit_time
             if item.chunk.coverage is not None:
@@ -284,7 +287,8 @@ class Committer:
             )
         if (header.store_id, header.system_identifier) != (who.store_id, who.system_identifier):
             raise SplitBrain(
-                f"{key} belongs to another cluster: system identifier {header.system_identifier}, this source "
+                f"{key} belongs to another cluster: system identifier {header.system_identifier}, this "
+                "source "
                 f"has {who.system_identifier}",
                 hint="each source needs a store of its own",
             )

@@ -104,12 +104,17 @@ class ServerError(TimelineError):
         self.detail = detail
 
 
+class ConnectionRefused(UsageError):
+    """The source answered, and does not let us in: user, password, rights, pg_hba.conf or TLS."""
+
+
 def connection_error(error: psycopg.Error) -> TimelineError:
-    """What a failed connection attempt means; UsageError when trying again is no use, else Unavailable."""
+    """What a failed connection attempt means; ConnectionRefused when trying again is no use, else
+    Unavailable."""
     text = " ".join(str(error).split())
     for refusal in _REFUSALS:
         if refusal.pattern.search(text):
-            kind = Unavailable if refusal.passing else UsageError
+            kind = Unavailable if refusal.passing else ConnectionRefused
             return kind(refusal.message, hint=refusal.hint)
     if isinstance(error, psycopg.errors.ConnectionTimeout):
         text = "no answer in time"

@@ -1,0 +1,56 @@
+"""What one archiver run carries from connection to connection: who it is, what it counted, what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from timeline.archive.budget import RequestBudget
+from timeline.archive.committer import CommitterStats
+from timeline.archive.status import ArchiverConfig, ArchiverStatus
+from timeline.catalog.branch_log import BranchLog
+from timeline.clock import Clock
+from timeline.format.meta import StoreMeta
+from timeline.store.base import Store
+
+
+@dataclass(slots=True)
+class RunState:
+    """Shared by the parts of one run; changed only in its event loop."""
+
+    store: Store
+    meta: StoreMeta
+    log: BranchLog
+    branch: str
+    writer: str
+    config: ArchiverConfig
+    clock: Clock
+    executor: Executor
+    budget: RequestBudget
+    publish: Callable[[ArchiverStatus], None]
+    status: ArchiverStatus
+    slot: str | None
+    epoch: int = 0
+    """0: not claimed yet."""
+    streamed: bool = False
+    """Whether any stream has run: the settings worked once."""
+    moved: bool = False
+    """Whether anything became durable since the runner last looked."""
+    begun: Callable[[], None] = lambda: None
+
+    def tell(self, **changes: Any) -> None:
+        """Change the status and show it."""
+        self.status = replace(self.status, **changes)
+        self.publish(self.status)
+
+    def add(self, stats: CommitterStats) -> None:
+        """Count what a committer that is done has done."""
+        self.moved |= stats.chunks > 0
+        self.status = replace(
+            self.status,
+            chunks=self.status.chunks + stats.chunks,
+            wal_bytes=self.status.wal_bytes + stats.wal_bytes,
+            stored_bytes=self.status.stored_bytes + stats.stored_bytes,
+        )
