@@ -1,0 +1,414 @@
+"""``tl archive`` and ``tl backup``: getting a source's history into the store."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from cli.config import Settings, source_option, store_options
+from cli.output import duration_text, emit_json, iso, note, on_terminal, say, size_text, warn
+from timeline.errors import TimelineError, Unavailable, UsageError
+from timeline.lsn import Lsn
+
+if TYPE_CHECKING:
+    from timeline.archive.basebackup import BackupOptions, BackupReport, BackupStatus
+    from timeline.archive.runner import Archiver
+    from timeline.archive.status import ArchiverStatus
+    from timeline.clock import Clock
+    from timeline.store.base import Store
+
+SEAL_PAUSE_SECONDS = 5.0
+"""How often the tail is looked at for sealing; one LIST each."""
+SEAL_RETRY_SECONDS = 60.0
+CATCH_UP_POLL_SECONDS = 0.05
+BACKUP_RETRIES = 3
+
+
+class _Rate(click.ParamType[int]):
+    """A size with an optional unit, per second."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes."""
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower().removesuffix("/s").removesuffix("b")
+        factor = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}.get(text[-1:], 1)
+        try:
+            return int(float(text.rstrip("kmg")) * factor)
+        except ValueError:
+            self.fail(f"{value!r} is no rate; write 50MB or 200k", param, ctx)
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveResult:
+    """How a run of ``tl archive`` ended."""
+
+    durable: Lsn | None
+    source_end: Lsn | None
+    last_commit_time: str | None
+    chunks: int
+    wal_bytes: int
+    stored_bytes: int
+    snapshot: str | None
+    """Id of the base backup this run took."""
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BackupResult:
+    """What ``tl backup`` did."""
+
+    snapshot: str
+    lsn: Lsn
+    end: Lsn
+    resumed: bool
+    read_bytes: int
+    uploaded_bytes: int
+    groups: int
+    groups_reused: int
+    groups_resumed: int
+    differing_groups: int | None
+    """Groups whose content differs from the newest snapshot, as it was then; ``None`` without one. Change since
+    then is expected: this is a measure of change, not of damage."""
+    checksum_failures: int
+    warnings: tuple[str, ...]
+    elapsed_seconds: float
+
+
+@click.command("archive")
+@click.option(
+    "--once", is_flag=True, help="Exit when the source's present position (and a base backup) is stored."
+)
+@click.option(
+    "--max-delay", type=float, default=1.0, show_default=True, help="Seconds before received WAL is stored."
+)
+@click.option("--slot", metavar="NAME", help="Replication slot (default: named after the store).")
+@click.option("--no-slot", is_flag=True, help="Stream without a slot; wal_keep_size alone protects the WAL.")
+@click.option(
+    "--unbounded-slot", is_flag=True, help="Make the slot though max_slot_wal_keep_size is unlimited."
+)
+@click.option(
+    "--allow-gap", is_flag=True, help="Where the source has lost WAL, record a gap and go on after it."
+)
+@click.option("--rate-limit", type=_Rate(), metavar="SIZE", help="Read the base backup no faster, e.g. 50MB.")
+@click.option("--fast-checkpoint", is_flag=True, help="Ask for an immediate checkpoint for the base backup.")
+@click.option("--application-name", default="tl", show_default=True, help="As in synchronous_standby_names.")
+@click.option(
+    "--standby", "standbys", multiple=True, metavar="CONNINFO", help="Keep a slot on this standby, too."
+)
+@source_option
+@store_options
+def archive_command(
+    *,
+    settings: Settings,
+    once: bool,
+    max_delay: float,
+    slot: str | None,
+    no_slot: bool,
+    unbounded_slot: bool,
+    allow_gap: bool,
+    rate_limit: int | None,
+    fast_checkpoint: bool,
+    application_name: str,
+    standbys: tuple[str, ...],
+) -> None:
+    """Stream the source's WAL into the store until told to stop (SIGINT, SIGTERM).
+
+    The first run makes a replication slot on the source, then takes a base backup beside the stream. Undo: tl detach.
+    """
+    from timeline.archive.basebackup import BackupOptions
+    from timeline.archive.status import ArchiverConfig
+
+    config = ArchiverConfig(
+        conninfo=settings.need_source(),
+        slot=slot,
+        slotless=no_slot,
+        allow_unbounded_slot=unbounded_slot,
+        allow_gap=allow_gap,
+        application_name=application_name,
+        standbys=standbys,
+        max_delay_seconds=max_delay,
+    )
+    # Nobody waits for a spread checkpoint in a run that is meant to end.
+    options = BackupOptions(fast_checkpoint=fast_checkpoint or once, rate_bytes_per_second=rate_limit)
+    result = asyncio.run(_Archive(settings, config, options, once=once).run())
+    if settings.json:
+        emit_json(result)
+    else:
+        say(
+            f"stored up to {result.durable}: {size_text(result.wal_bytes)} of WAL as {size_text(result.stored_bytes)}"
+            f" in {result.chunks} chunks, {duration_text(result.elapsed_seconds)}"
+        )
+
+
+class _Archive:
+    """Archiver, base backup and sealing as one foreground run."""
+
+    def __init__(self, settings: Settings, config: object, options: BackupOptions, *, once: bool) -> None:
+        from timeline.archive.status import ArchiverConfig
+        from timeline.clock import SystemClock
+
+        if not isinstance(config, ArchiverConfig):
+            raise TypeError("an ArchiverConfig is expected")
+        self._settings = settings
+        self._config = config
+        self._options = options
+        self._once = once
+        self._clock: Clock = SystemClock()
+        self._stop = asyncio.Event()
+        self._said: tuple[str | None, ...] = ()
+        self._warned: set[str] = set()
+
+    async def run(self) -> ArchiveResult:
+        """Until told to stop, or, with ``once``, until everything is stored."""
+        from timeline.archive.runner import Archiver
+        from timeline.store.open import open_store
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop.set)
+        began = self._clock.monotonic()
+        store = await open_store(
+            self._settings.need_store(),
+            endpoint_url=self._settings.endpoint_url,
+            region=self._settings.region,
+            clock=self._clock,
+        )
+        try:
+            archiver = Archiver(store, self._config, self._clock, on_status=self._tell)
+            streaming = asyncio.create_task(archiver.run(self._stop))
+            backing_up = asyncio.create_task(self._ensure_base(archiver, store))
+            sealing = asyncio.create_task(self._seal(store))
+            catching_up = asyncio.create_task(self._catch_up(archiver, backing_up)) if self._once else None
+            helpers = [task for task in (backing_up, sealing, catching_up) if task is not None]
+            try:
+                # The archiver decides: it ends by a stop or by an error that cannot pass. A failed first backup
+                # or catch-up ends it, too; a failed seal never does.
+                watched = {task for task in (streaming, backing_up, catching_up) if task is not None}
+                while streaming in watched:
+                    done, watched = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done - {streaming}:
+                        if task.exception() is not None:
+                            self._stop.set()
+                await streaming
+                for finished in (backing_up, catching_up):
+                    if finished is not None and finished.done():
+                        finished.result()
+            finally:
+                self._stop.set()
+                for task in helpers:
+                    task.cancel()
+                await asyncio.gather(streaming, *helpers, return_exceptions=True)
+            snapshot = backing_up.result() if backing_up.done() and not backing_up.cancelled() else None
+        finally:
+            await store.aclose()
+        status = archiver.status
+        return ArchiveResult(
+            durable=status.durable,
+            source_end=status.source_end,
+            last_commit_time=iso(status.last_commit_time),
+            chunks=status.chunks,
+            wal_bytes=status.wal_bytes,
+            stored_bytes=status.stored_bytes,
+            snapshot=snapshot,
+            elapsed_seconds=self._clock.monotonic() - began,
+        )
+
+    async def _ensure_base(self, archiver: Archiver, store: Store) -> str | None:
+        """Take the first base backup once the slot holds WAL (EDGE 2); the snapshot's id, if one was taken."""
+        from timeline.archive.basebackup import take_base_backup
+        from timeline.catalog.branch_log import BranchLog
+        from timeline.ids import MAIN
+
+        await archiver.begun.wait()
+        log = BranchLog(store, MAIN, self._clock, self._clock.token(8))
+        for attempt in range(1, BACKUP_RETRIES + 1):
+            head = await log.load()
+            if head is not None and head.state.snapshots and not archiver.status.needs_base:
+                return None
+            note("taking a base backup (the source's files are read once)")
+            try:
+                with backup_progress() as progress:
+                    report = await take_base_backup(
+                        self._config.conninfo,
+                        store,
+                        log,
+                        self._clock,
+                        options=self._options,
+                        on_status=progress,
+                    )
+            except Unavailable as error:
+                if attempt == BACKUP_RETRIES:
+                    raise
+                note(f"tl: base backup: {error.message}; trying again, what is uploaded stays")
+                await self._clock.sleep(2.0**attempt)
+                continue
+            warn(report.warnings)
+            note(
+                f"base backup done: {size_text(report.read_bytes)} read, {size_text(report.uploaded_bytes)} stored,"
+                f" {duration_text(report.elapsed_seconds)}"
+            )
+            return report.snapshot.id
+        raise AssertionError("unreachable")
+
+    async def _seal(self, store: Store) -> None:
+        """Move chunks into packs whenever due. A failure is said and tried again: archiving does not depend on it."""
+        from timeline.catalog.branch_log import BranchLog
+        from timeline.ids import MAIN
+        from timeline.maintain.seal import seal
+
+        log = BranchLog(store, MAIN, self._clock, self._clock.token(8))
+        while True:
+            await self._clock.sleep(SEAL_PAUSE_SECONDS)
+            try:
+                while await seal(store, log, self._clock) is not None:
+                    pass
+            except TimelineError as error:
+                note(f"tl: sealing: {error.message}; trying again in {SEAL_RETRY_SECONDS:g} s")
+                await self._clock.sleep(SEAL_RETRY_SECONDS)
+
+    async def _catch_up(self, archiver: Archiver, backing_up: asyncio.Task[str | None]) -> None:
+        """Stop the archiver when a base backup is there and the position the source then has is stored."""
+        from timeline.archive.source import Source
+
+        await asyncio.wait({backing_up})
+        if backing_up.exception() is not None:
+            return
+        source = await Source.open(self._config.conninfo)
+        try:
+            goal = (await source.probe(slot=None, sender_pid=None)).end
+        finally:
+            await source.aclose()
+        while archiver.status.durable is None or archiver.status.durable < goal:
+            await self._clock.sleep(CATCH_UP_POLL_SECONDS)
+        self._stop.set()
+
+    def _tell(self, status: ArchiverStatus) -> None:
+        for text in status.warnings:
+            if text not in self._warned and len(self._warned) < 1000:
+                self._warned.add(text)
+                note(f"warning: {text}")
+        news = (str(status.phase), status.error)
+        if news == self._said:
+            return
+        self._said = news
+        where = f" at {status.durable}" if status.durable is not None else ""
+        note(f"{status.phase}{where}" + (f": {status.error}" if status.error else ""))
+        if status.hint:
+            note(f"hint: {status.hint}")
+
+
+@contextlib.contextmanager
+def backup_progress() -> Iterator[Callable[[BackupStatus], None]]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    if not on_terminal():
+        yield lambda status: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    with Progress(
+        TextColumn("base backup: {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bar:
+        task = bar.add_task("checkpoint", total=None)
+        yield lambda status: bar.update(
+            task, description=status.phase, completed=status.bytes_done, total=status.bytes_total
+        )
+
+
+@click.command("backup")
+@click.option("--rate-limit", type=_Rate(), metavar="SIZE", help="Read the source no faster, e.g. 50MB.")
+@click.option("--fast-checkpoint", is_flag=True, help="Ask for an immediate checkpoint.")
+@click.option(
+    "--allow-checksum-failures", is_flag=True, help="Keep the backup though the server found broken pages."
+)
+@source_option
+@store_options
+def backup_command(
+    *, settings: Settings, rate_limit: int | None, fast_checkpoint: bool, allow_checksum_failures: bool
+) -> None:
+    """Take another base backup: compare it with the newest snapshot, store and report what differs.
+
+    One is never needed within an unbroken history; it shortens the replay of later branches, and mends a lost slot.
+    """
+    from timeline.archive.basebackup import BackupOptions
+
+    options = BackupOptions(
+        fast_checkpoint=fast_checkpoint,
+        rate_bytes_per_second=rate_limit,
+        allow_checksum_failures=allow_checksum_failures,
+    )
+    report = asyncio.run(_backup(settings, options))
+    differences = report.differences
+    result = BackupResult(
+        snapshot=report.snapshot.id,
+        lsn=report.snapshot.lsn,
+        end=report.snapshot.end,
+        resumed=report.resumed,
+        read_bytes=report.read_bytes,
+        uploaded_bytes=report.uploaded_bytes,
+        groups=report.groups,
+        groups_reused=report.groups_reused,
+        groups_resumed=report.groups_resumed,
+        differing_groups=report.groups - report.groups_reused if differences is not None else None,
+        checksum_failures=report.checksum_failures,
+        warnings=report.warnings,
+        elapsed_seconds=report.elapsed_seconds,
+    )
+    if settings.json:
+        emit_json(result)
+        return
+    warn(result.warnings)
+    say(f"snapshot   {result.snapshot}: branches from {result.end} on replay less")
+    say(
+        f"read       {size_text(result.read_bytes)} in {duration_text(result.elapsed_seconds)}, "
+        f"stored {size_text(result.uploaded_bytes)}"
+    )
+    if result.differing_groups is not None:
+        say(
+            f"differs    {result.differing_groups} of {result.groups} groups changed since the newest snapshot"
+        )
+
+
+async def _backup(settings: Settings, options: BackupOptions) -> BackupReport:
+    from timeline.archive.basebackup import take_base_backup
+    from timeline.catalog.branch_log import BranchLog
+    from timeline.clock import SystemClock
+    from timeline.ids import MAIN
+    from timeline.store.open import open_store
+
+    clock = SystemClock()
+    conninfo = settings.need_source()
+    store = await open_store(
+        settings.need_store(), endpoint_url=settings.endpoint_url, region=settings.region, clock=clock
+    )
+    try:
+        log = BranchLog(store, MAIN, clock, clock.token(8))
+        if await log.load() is None:
+            raise UsageError(
+                f"{store.url}: nothing was ever archived here", hint="the first base backup is `tl archive`'s"
+            )
+        with backup_progress() as progress:
+            return await take_base_backup(conninfo, store, log, clock, options=options, on_status=progress)
+    finally:
+        await store.aclose()

@@ -1,0 +1,388 @@
+"""``tl branch`` and the life of a branch on this host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.config import Settings, source_option, store_options
+from cli.init import confirm
+from cli.output import (
+    duration_text,
+    emit_json,
+    iso,
+    local_time,
+    plain,
+    say,
+    size_text,
+    table,
+    warn,
+)
+from timeline.errors import UsageError
+from timeline.ids import MAIN
+
+if TYPE_CHECKING:
+    from restore.branch import HostBranches
+    from restore.branch_request import BranchResult
+    from timeline.catalog.when import When
+
+NOW_TIMEOUT_SECONDS = 60.0
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|d|w)?", re.IGNORECASE)
+_UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+_TIMES = ("time", "last_commit_time", "next_commit_time", "expires")
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, or ``90s``, ``30m``, ``2h``, ``7d``, ``2w``."""
+
+    name = "duration"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds."""
+        if isinstance(value, float):
+            return value
+        match = _DURATION.fullmatch(str(value).strip())
+        if match is None or float(match[1]) <= 0:
+            self.fail(f"{value!r} is no duration; write 30m, 2h or 7d", param, ctx)
+        return float(match[1]) * _UNITS[(match[2] or "s").lower()]
+
+
+def host_branches() -> HostBranches:
+    """The branches of this user on this host."""
+    from restore.branch import HostBranches
+    from timeline.clock import SystemClock
+
+    return HostBranches.of(os.environ, SystemClock())
+
+
+def not_main(name: str) -> str:
+    """The name, unless it is the archived server's, which none of these verbs may touch."""
+    if name == MAIN:
+        raise UsageError(
+            "'main' is the archived server, not a branch", hint="`tl branches` lists the branches"
+        )
+    return name
+
+
+def branch_document(result: BranchResult) -> dict[str, Any]:
+    """The JSON of a branch, times as ISO 8601."""
+    document: dict[str, Any] = plain(result)
+    for name in _TIMES:
+        document[name] = iso(getattr(result, name))
+    return document
+
+
+async def resolve_now(settings: Settings) -> When:
+    """Wait until the source's present position is in the store; then the head is what was asked for."""
+    from timeline.archive.source import Source
+    from timeline.catalog.history import wait_for
+    from timeline.catalog.when import Latest
+    from timeline.clock import SystemClock
+    from timeline.store.open import open_store
+
+    clock = SystemClock()
+    source = await Source.open(settings.need_source())
+    try:
+        position = (await source.probe(slot=None, sender_pid=None)).end
+    finally:
+        await source.aclose()
+    store = await open_store(
+        settings.need_store(), endpoint_url=settings.endpoint_url, region=settings.region, clock=clock
+    )
+    try:
+        await wait_for(store, clock, position, timeout_seconds=NOW_TIMEOUT_SECONDS)
+    finally:
+        await store.aclose()
+    return Latest()
+
+
+def local_zone() -> Any:
+    """The zone a time without one is meant in."""
+    from datetime import UTC
+    from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+    name = os.environ.get("TZ", "").lstrip(":")
+    link = os.path.realpath("/etc/localtime")
+    if not name and "/zoneinfo/" in link:
+        name = link.split("/zoneinfo/", 1)[1]
+    try:
+        return ZoneInfo(name) if name else UTC
+    except (ZoneInfoNotFoundError, ValueError):
+        raise UsageError(
+            f"unknown time zone {name!r} in TZ or /etc/localtime", hint="give the zone with the time"
+        ) from None
+
+
+@click.command("branch")
+@click.argument("name", required=False)
+@click.option(
+    "--at", "at", metavar="WHEN", default="latest", show_default=True, help="See `tl branch --help`, below."
+)
+@click.option(
+    "--from", "parent", metavar="BRANCH", default=MAIN, show_default=True, help="Branch to start from."
+)
+@click.option("--tli", type=int, metavar="N", help="Look on the line that leads to this Postgres timeline.")
+@click.option(
+    "--ttl", type=Duration(), metavar="DURATION", help="Delete it after this time (unnamed branches: 24h)."
+)
+@click.option("--mode", type=click.Choice(["auto", "lazy", "copy"]), default="auto", show_default=True)
+@click.option("--listen", metavar="ADDR:PORT", help="Listen on TCP, too, with scram passwords.")
+@click.option("--preload", multiple=True, metavar="LIBRARY", help="A shared_preload_libraries entry to keep.")
+@click.option("--if-exists", type=click.Choice(["fail", "reuse", "reset"]), default="fail", show_default=True)
+@source_option
+@store_options
+def branch_command(
+    *,
+    settings: Settings,
+    name: str | None,
+    at: str,
+    parent: str,
+    tli: int | None,
+    ttl: float | None,
+    mode: str,
+    listen: str | None,
+    preload: tuple[str, ...],
+    if_exists: str,
+) -> None:
+    """A running, writable, isolated Postgres as of WHEN. Prints how to connect.
+
+    \b
+    WHEN   "2026-01-20 10:00"     local zone unless given; refused when ambiguous
+           "5 minutes ago"        by the source's clock
+           1/5A0003F8             an LSN
+           xid:1234               just before that transaction committed
+           name:before-release    a restore point
+           latest                 everything in the store
+           now                    the source's present position; waits until it is stored
+
+    Without a NAME one is generated, and the branch lives for 24 hours.
+    """
+    from restore.branch_request import BranchRequest, Listen, StoreAddress
+
+    url = settings.need_store()
+    branches = host_branches()
+
+    async def make() -> BranchResult:
+        when: When | str = at
+        if at.strip().lower() == "now":
+            when = await resolve_now(settings)
+        return await branches.create(
+            BranchRequest(
+                store=StoreAddress(url, settings.endpoint_url, settings.region),
+                name=name,
+                when=when,
+                zone=local_zone(),
+                tli=tli,
+                parent=parent,
+                ttl_seconds=ttl,
+                mode=mode,
+                listen=Listen.parse(listen) if listen else None,
+                preload=preload,
+                if_exists=if_exists,
+            )
+        )
+
+    result = asyncio.run(make())
+    if settings.json:
+        emit_json(branch_document(result))
+        return
+    warn(result.warnings)
+    print_branch(result)
+
+
+def print_branch(result: BranchResult) -> None:
+    """A branch for people: what it holds, then how to reach it."""
+    say(f"branch     {result.name} ({result.mode}), ready in {duration_text(result.elapsed_seconds)}")
+    say(
+        f"at         {result.lsn}"
+        + (f", {local_time(result.time)} = {iso(result.time)}" if result.time else "")
+    )
+    if result.last_commit_time is not None:
+        say(f"holds      every commit up to {local_time(result.last_commit_time)}")
+    if result.next_commit_time is not None:
+        say(f"leaves out the commit of {local_time(result.next_commit_time)} and later ones")
+    say(
+        f"cost       {size_text(result.fetched_bytes)} fetched in {result.requests} requests, "
+        f"{size_text(result.replayed_bytes)} of WAL replayed"
+    )
+    if result.expires is not None:
+        say(f"expires    {local_time(result.expires)}")
+    say(f"connect    psql '{result.dsn}'")
+    say(f"           or: tl psql {result.name}")
+
+
+@click.command("branches")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def branches_command(*, as_json: bool) -> None:
+    """The branches on this host."""
+    found = host_branches().list()
+    if as_json:
+        emit_json(
+            [
+                {
+                    "name": status.branch.name,
+                    "id": status.branch.id,
+                    "state": status.state,
+                    "mode": status.branch.mode,
+                    "parent": status.branch.origin.parent if status.branch.origin else None,
+                    "lsn": status.branch.origin.lsn if status.branch.origin else None,
+                    "time": iso(status.branch.origin.time) if status.branch.origin else None,
+                    "created": iso(status.branch.created),
+                    "expires": iso(status.branch.expires),
+                    "protected": status.branch.protected,
+                    "dsn": status.dsn,
+                }
+                for status in found
+            ]
+        )
+        return
+    if not found:
+        say("no branches on this host; make one with `tl branch`")
+        return
+    table(
+        ("name", "state", "mode", "as of", "expires", "connect"),
+        (
+            (
+                status.branch.name,
+                status.state,
+                status.branch.mode,
+                _as_of(status.branch.origin),
+                local_time(status.branch.expires) if status.branch.expires else "never",
+                status.dsn,
+            )
+            for status in found
+        ),
+    )
+
+
+def _as_of(origin: Any) -> str:
+    if origin is None:
+        return "-"
+    return local_time(origin.time) if origin.time is not None else str(origin.lsn)
+
+
+@click.command("start")
+@click.argument("name", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every branch of this host that is not running.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def start_command(*, name: str | None, everything: bool, as_json: bool) -> int:
+    """Start a branch that was stopped, or went down with a crash or a reboot."""
+    from timeline.errors import TimelineError
+
+    branches = host_branches()
+    if everything == (name is not None):
+        raise UsageError("name a branch, or give --all")
+    if name is not None:
+        result = asyncio.run(branches.start(not_main(name)))
+        if as_json:
+            emit_json(branch_document(result))
+        else:
+            warn(result.warnings)
+            print_branch(result)
+        return 0
+
+    async def start_all() -> list[dict[str, Any]]:
+        outcome = []
+        for status in branches.list():
+            if status.state == "running":
+                continue
+            try:
+                outcome.append(branch_document(await branches.start(status.branch.name)))
+            except TimelineError as error:
+                outcome.append({"name": status.branch.name, "error": error.message, "hint": error.hint})
+        return outcome
+
+    outcome = asyncio.run(start_all())
+    if as_json:
+        emit_json(outcome)
+    for each in outcome:
+        if "error" in each:
+            warn([f"{each['name']}: {each['error']}"])
+        elif not as_json:
+            say(f"started {each['name']}")
+    return 1 if any("error" in each for each in outcome) else 0
+
+
+@click.command("stop")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def stop_command(*, name: str, as_json: bool) -> None:
+    """Stop a branch; its data stays."""
+    asyncio.run(host_branches().stop(not_main(name)))
+    emit_json({"name": name, "state": "stopped"}) if as_json else say(f"stopped {name}")
+
+
+@click.command("delete")
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def delete_command(*, names: tuple[str, ...], yes: bool, as_json: bool) -> None:
+    """Delete branches with all their data. The store and the source are not touched."""
+    branches = host_branches()
+    # All names are looked up first: either all of them can die, or none does.
+    found = [branches.status(not_main(name)) for name in names]
+    if not yes:
+        listed = ", ".join(
+            f"{each.branch.name} ({each.state}, made {local_time(each.branch.created)})" for each in found
+        )
+        confirm(f"This deletes with all its data: {listed}")
+
+    async def delete() -> None:
+        for each in found:
+            await branches.delete(each.branch.name)
+
+    asyncio.run(delete())
+    emit_json({"deleted": list(names)}) if as_json else say(f"deleted {', '.join(names)}")
+
+
+@click.command("psql", context_settings={"ignore_unknown_options": True})
+@click.argument("name")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("-d", "--database", default="postgres", show_default=True, metavar="NAME")
+def psql_command(*, name: str, arguments: tuple[str, ...], database: str) -> None:
+    """Open psql on a branch; further arguments are psql's (after --)."""
+    from restore.branch_request import socket_dsn_of
+
+    status = host_branches().status(not_main(name))
+    server = status.branch.server
+    if server is None or status.state != "running":
+        raise UsageError(f"branch {name!r} is {status.state}", hint=f"tl start {name}")
+    psql = os.path.join(server.bin_directory, "psql")
+    if not os.path.exists(psql):
+        psql = "psql"
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("PG") or key == "PGOPTIONS"
+    }
+    try:
+        os.execvpe(psql, [psql, socket_dsn_of(server, database=database), *arguments], environment)
+    except FileNotFoundError:
+        raise UsageError("no psql on this host", hint="apt-get install postgresql-client") from None
+
+
+@click.command("logs")
+@click.argument("name")
+@click.option("-f", "--follow", is_flag=True, help="Go on printing what is added.")
+@click.option("-n", "--lines", type=int, default=100, show_default=True)
+def logs_command(*, name: str, follow: bool, lines: int) -> None:
+    """Print a branch's server log."""
+    path = host_branches().log(not_main(name))
+    if not path.exists():
+        raise UsageError(f"branch {name!r} has no log yet")
+    arguments = ["tail", "-n", str(lines), *(["-F"] if follow else []), str(path)]
+    os.execvp("tail", arguments)
+
+
+@click.command("expire", hidden=True)
+@click.option("--json", "as_json", is_flag=True)
+def expire_command(*, as_json: bool) -> None:
+    """Delete the branches whose time is over; the mount agent runs this."""
+    names = asyncio.run(host_branches().expire())
+    if as_json:
+        emit_json({"deleted": list(names)})
+    else:
+        for name in names:
+            say(f"deleted {name}")
