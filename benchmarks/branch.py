@@ -54,8 +54,9 @@ def _measure(
             stats = proxy.stats()
             report.add(f"requests/{label}", sum(stats.requests.values()), "requests", "lower")
             report.add(f"fetched_mb/{label}", stats.bytes_down / 1e6, "MB", "lower")
-        if sample == 0 and result.get("mount_pid"):
-            report.add(f"mount_rss_mb/{label}", resident_bytes(result["mount_pid"]) / 1e6, "MB", "lower")
+        mount = host.mount_pid(result["data_directory"])
+        if sample == 0 and mount is not None:
+            report.add(f"mount_rss_mb/{label}", resident_bytes(mount) / 1e6, "MB", "lower")
         host.tl("delete", f"cold-{sample}", "--yes")
     for sample in range(samples):
         host.end_agent()
@@ -67,8 +68,9 @@ def _measure(
         host.forget_cache()
         elapsed, result = timed_branch(host, bin_dir, f"beside-{sample}")
         report.add(f"first_query_seconds/{label}/agent", elapsed, "s", "lower")
-        if sample == 0 and result.get("mount_pid"):
-            private = resident_bytes(result["mount_pid"], "Private")
+        mount = host.mount_pid(result["data_directory"])
+        if sample == 0 and mount is not None:
+            private = resident_bytes(mount, "Private")
             report.add(f"further_mount_private_mb/{label}", private / 1e6, "MB", "lower")
         host.tl("delete", f"beside-{sample}", "--yes")
     host.tl("delete", "standing", "--yes")

@@ -3,93 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.support.postgres import PostgresServer, running_server, scratch
+from tests.support.tl_host import TL, Host, make_host
 
-TL = str(Path(sys.executable).parent / "tl")
 GIB = 1 << 30
 PGBENCH_BYTES_PER_SCALE = 15_700_000
 """What one unit of pgbench's scale takes on disk, indexes included."""
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """State and cache directories of one simulated host."""
-
-    directory: Path
-    store: str
-    environment: dict[str, str]
-
-    def tl(self, *args: str, timeout: float = 600) -> dict[str, Any]:
-        """Run ``tl … --json`` to its end; the decoded result. Raises RuntimeError with stderr when it fails."""
-        result = subprocess.run(
-            [TL, *args, "--json"],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        if result.returncode != 0:
-            raise RuntimeError(
-                f"tl {' '.join(args)} exited with {result.returncode}:\n{result.stdout}\n{result.stderr}"
-            )
-        decoded: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
-        return decoded
-
-    def start_archiver(self, *args: str) -> subprocess.Popen[bytes]:
-        """``tl archive`` in the background; the caller ends it."""
-        log = (self.directory / "archive.log").open("ab")
-        return subprocess.Popen([TL, "archive", *args], env=self.environment, stdout=log, stderr=log)
-
-    def forget_cache(self) -> None:
-        """As a host that has never seen this store: no extent cache."""
-        shutil.rmtree(self.environment["TL_CACHE"], ignore_errors=True)
-
-    def end_agent(self) -> None:
-        """Wait until the mount agent, which ends with its last branch, is gone; ends it by pid if it lingers."""
-        pid_file = Path(self.environment["TL_STATE"]) / "agent.pid"
-        for _ in range(100):
-            try:
-                os.kill(int(pid_file.read_text()), 15)
-            except (OSError, ValueError):
-                return
-            time.sleep(0.02)
-
-
-def make_host(
-    directory: Path, store: str, *, source: str | None = None, endpoint_url: str | None = None
-) -> Host:
-    """A host whose state lives under ``directory``."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TL_", "PG"))}
-    environment |= {
-        "TL_STATE": str(directory / "state"),
-        "TL_CACHE": str(directory / "cache"),
-        "TL_CONFIG": str(directory / "tl.toml"),
-        "TL_STORE": store,
-        "PYTHONDONTWRITEBYTECODE": "",
-    }
-    if source:
-        environment["TL_SOURCE"] = source
-    if endpoint_url:
-        environment |= {
-            "TL_ENDPOINT_URL": endpoint_url,
-            "AWS_ACCESS_KEY_ID": "testkey",
-            "AWS_SECRET_ACCESS_KEY": "testsecret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-    directory.mkdir(parents=True, exist_ok=True)
-    return Host(directory, store, environment)
 
 
 @contextlib.contextmanager
@@ -151,3 +77,16 @@ def resident_bytes(pid: int, kind: str = "Rss") -> int:
         if name in wanted:
             total += int(rest.split()[0]) * 1024
     return total
+
+
+__all__ = [
+    "GIB",
+    "TL",
+    "Host",
+    "first_row",
+    "make_host",
+    "pgbench_source",
+    "resident_bytes",
+    "timed_branch",
+    "working_directory",
+]
