@@ -170,7 +170,7 @@ def unpack(stored: bytes, raw_bytes: int, what: str) -> bytes:
             stored, max_output_size=raw_bytes, allow_extra_data=False
         )
     except zstandard.ZstdError as error:
-        raise Damaged(f"{what}: {error}") from error
+        raise Damaged(f"{what}: expected an intact zstd frame of {raw_bytes} bytes") from error
 
 
 def _header(data: bytes, magic: bytes, key: str) -> tuple[Json, int]:
@@ -746,8 +746,8 @@ def rescue(source: Path, target: Path, branch: str, snapshot_id: str | None, tli
     return 0
 
 
-def main() -> int:
-    """Command line."""
+def main(words: list[str] | None = None) -> int:
+    """Command line; the exit code."""
     parser = argparse.ArgumentParser(
         description="Turn a store directory into a data directory for stock Postgres."
     )
@@ -758,7 +758,7 @@ def main() -> int:
     parser.add_argument(
         "--tli", type=int, help="Postgres timeline to follow; default: the source's present one"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         return rescue(arguments.store, arguments.target, arguments.branch, arguments.snapshot, arguments.tli)
     except RescueError as error:

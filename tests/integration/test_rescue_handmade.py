@@ -22,7 +22,7 @@ import psycopg
 import pytest
 
 from tests.fix_postgres import MAJORS
-from tests.support.handmade_store import HandmadeStore, Indexer, WalRun
+from tests.support.handmade_store import HandmadeStore, Indexer, WalRun, promote_in_place
 from tests.support.plain_backup import PlainBackup, take_backup
 from tests.support.postgres import PostgresServer, scratch
 from timeline.format import keys, log
@@ -102,7 +102,7 @@ def _made(make_postgres: Callable[..., PostgresServer], major: int) -> Iterator[
             "vacuum t",
         )
         digest_before_fork = server.value(DIGEST)
-        _promote_in_place(server)
+        promote_in_place(server)
         server.sql(
             "delete from t where a % 7 = 0",
             "insert into t select i, 'tli 2' || repeat('z', 200) from generate_series(10001, 14000) i",
@@ -120,18 +120,6 @@ def _made(make_postgres: Callable[..., PostgresServer], major: int) -> Iterator[
 
 def _to(server: PostgresServer) -> tuple[str, ...]:
     return ("-h", str(server.sockets), "-p", str(server.port), "-U", "postgres")
-
-
-def _promote_in_place(server: PostgresServer) -> None:
-    """Onto tli 2, as a restored server would be."""
-    server.stop()
-    server.configure({"restore_command": "'false'"})
-    (server.data / "recovery.signal").touch()
-    os.chown(server.data / "recovery.signal", server.user.pw_uid, server.user.pw_gid)
-    server.start()
-    deadline = time.monotonic() + 30
-    while server.value("select pg_is_in_recovery()") != "False" and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 def _received(directory: Path, tli: int, start: Lsn, end: Lsn, segment_bytes: int) -> WalRun:

@@ -6,14 +6,16 @@ What reads such a store has followed SPEC.md and not merely its own writer.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tests.support.postgres import PostgresServer
 from timeline.format import keys, log
 from timeline.format.chunk import ChunkHeader, encode_chunk
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS, GROUP_BYTES, ExtentRef, encode_extent
-from timeline.format.file_listing import write_file_listing
+from timeline.format.file_listing import read_file_listing, write_file_listing
 from timeline.format.manifest import FileRow, ManifestRef, PageRow, WalFrame
 from timeline.format.meta import StoreMeta, encode_meta
 from timeline.format.pack import EXTENTS, WAL, PackBuilder
@@ -125,6 +127,12 @@ class HandmadeStore:
             bytes=total,
         )
 
+    def relist(self, ref: ManifestRef, born: Mapping[str, Lsn]) -> ManifestRef:
+        """The listing with other birth LSNs for some files."""
+        data = (self.root / keys.manifest(ref.digest)).read_bytes()
+        rows = [replace(row, born=born.get(row.path, row.born)) for row in read_file_listing(data, ref)]
+        return self.put_manifest(write_file_listing(rows))
+
     def add_chunks(self, run: WalRun, cut_bytes: int, index: Indexer, system_identifier: int) -> None:
         """The run as a chain of chunks."""
         for piece in run.cut(cut_bytes):
@@ -201,6 +209,21 @@ class Indexer:
             ),
             found.touches,
         )
+
+
+def promote_in_place(server: PostgresServer) -> None:
+    """Stop the server and let it begin a new tli, as a restored one does."""
+    server.stop()
+    server.configure({"restore_command": "'false'"})
+    signal = server.data / "recovery.signal"
+    signal.touch()
+    os.chown(signal, server.user.pw_uid, server.user.pw_gid)
+    server.start()
+    deadline = time.monotonic() + 30
+    while server.value("select pg_is_in_recovery()") != "False":
+        if time.monotonic() > deadline:
+            raise TimeoutError(server.log.read_text())
+        time.sleep(0.05)
 
 
 def _walk(root: Path, inside: str) -> Iterator[str]:

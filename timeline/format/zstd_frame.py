@@ -45,7 +45,7 @@ def decompress(stored: bytes | memoryview, raw_bytes: int, key: str, offset: int
             raise DamagedStore(key, offset, f"expected a zstd frame of {raw_bytes} bytes with a checksum")
         raw = _contexts.decompressor.decompress(stored, max_output_size=raw_bytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise DamagedStore(key, offset, f"expected a zstd frame of {raw_bytes} bytes: {error}") from error
+        raise DamagedStore(key, offset, f"expected an intact zstd frame of {raw_bytes} bytes") from error
     if len(raw) != raw_bytes:
         raise DamagedStore(key, offset, f"expected {raw_bytes} bytes, the frame holds {len(raw)}")
     return raw

@@ -1,0 +1,151 @@
+"""Everything that is in a store, through the codecs alone, as one JSON value to compare.
+
+The store is a mapping of keys to bytes. Contents appear as SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from timeline.errors import MissingObject
+from timeline.format import keys, log, value_json
+from timeline.format.chunk import decode_chunk
+from timeline.format.extent import BLOCK_BYTES, GROUP_BYTES, decode_extent
+from timeline.format.file_listing import read_file_listing
+from timeline.format.manifest import ManifestRef, PageRow
+from timeline.format.meta import decode_meta
+from timeline.format.pack import verify_pack
+from timeline.format.page_manifest import open_footer, read_page_rows
+from timeline.format.wal_frame import decode_wal_frame
+from timeline.format.wal_index import CommitArray, TouchArray, WalEvent
+from timeline.format.wal_index_codec import event_name
+from timeline.format.wal_manifest import read_wal_manifest
+
+Json = Any
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenReader:
+    """Reads branch main of a store held in memory."""
+
+    objects: Mapping[str, bytes]
+
+    def read(self) -> Json:
+        """All of it; raises what the codecs raise, and MissingObject."""
+        state, entries = self.read_log()
+        found = {
+            "meta": value_json.to_json(decode_meta(self._get(keys.META))),
+            "entries": entries,
+            "state": value_json.to_json(state),
+            "snapshots": {snapshot.id: self._files(snapshot) for snapshot in state.snapshots},
+            "wal": {str(tli.tli): self._wal(state, tli) for tli in state.tlis},
+        }
+        self._verify_whole(state)
+        return found
+
+    def _get(self, key: str) -> bytes:
+        if key not in self.objects:
+            raise MissingObject(key)
+        return self.objects[key]
+
+    def read_log(self) -> tuple[log.BranchState, Json]:
+        """The newest state, and all entries, oldest first."""
+        names = sorted(key for key in self.objects if keys.parse_log_entry(key) is not None)
+        entries = [log.decode_entry(self._get(key), key) for key in reversed(names)]
+        state = log.BranchState.empty("main")
+        for entry in entries:
+            state = entry.change.apply(state)
+            assert entry.state in (None, state)
+        return state, [value_json.to_json(entry) | {"state": entry.state is not None} for entry in entries]
+
+    def _files(self, snapshot: log.Snapshot) -> Json:
+        data = self._get(keys.manifest(snapshot.files.digest))
+        contents: dict[str, bytearray] = {}
+        listing = read_file_listing(data, snapshot.files)
+        for row in listing:
+            if row.kind == "f":
+                contents[row.path] = bytearray(row.content or bytes(row.size))
+        for ref in snapshot.pages:
+            for page in self._pages(ref):
+                found = listing.get(page.path)
+                if found is None or (ref.lsn is not None and ref.lsn < found.born):
+                    continue
+                at = page.group * GROUP_BYTES + page.extent.first_block * BLOCK_BYTES
+                raw = self._extent(page)
+                contents[page.path][at : at + len(raw)] = raw[: max(0, found.size - at)]
+        boot = [[page.path, page.group] for page in self._pages(snapshot.boot)] if snapshot.boot else []
+        return {
+            "files": [
+                [row.path, row.kind, row.size, row.mode, row.target, int(row.born)]
+                + ([sha256(bytes(contents[row.path]))] if row.kind == "f" else [])
+                for row in listing
+            ],
+            "boot": boot,
+        }
+
+    def _pages(self, ref: ManifestRef) -> list[PageRow]:
+        """By footer and row groups, as a mount reads them."""
+        data = self._get(keys.manifest(ref.digest))
+        footer = open_footer(ref, data[-ref.footer_bytes :])
+        rows: list[PageRow] = []
+        for number, entry in enumerate(footer.entries):
+            rows += footer.decode(number, data[entry.offset : entry.offset + entry.length]).rows()
+        return rows
+
+    def _extent(self, page: PageRow) -> bytes:
+        extent = page.extent
+        key = keys.pack(extent.pack)
+        stored = self._get(key)[extent.offset : extent.offset + extent.stored_bytes]
+        return decode_extent(stored, extent, key)
+
+    def _wal(self, state: log.BranchState, tli: log.Tli) -> Json:
+        runs = []
+        for sealed in state.sealed:
+            if sealed.tli == tli.tli:
+                data = self._get(keys.manifest(sealed.manifest.digest))
+                for frame in read_wal_manifest(data, sealed.manifest):
+                    key = keys.pack(frame.pack)
+                    stored = self._get(key)[frame.offset : frame.offset + frame.stored_bytes]
+                    raw = decode_wal_frame(stored, frame, key)
+                    runs.append([int(frame.start), int(frame.end), sha256(raw), *_index_of(frame)])
+        position = state.after_gap(tli.tli, tli.sealed)
+        while (key := keys.chunk("main", tli.tli, position)) in self.objects:
+            chunk = decode_chunk(self._get(key), key)
+            header = value_json.to_json(chunk.header)
+            runs.append(
+                [int(position), int(chunk.header.end), sha256(chunk.wal), *_index_of(chunk.index), header]
+            )
+            position = state.after_gap(tli.tli, chunk.header.end)
+        return runs
+
+    def _verify_whole(self, state: log.BranchState) -> None:
+        """What reading by parts leaves out: packs and page manifests against their names [PAC-3], [MAN-4]."""
+        for key in self.objects:
+            if key.startswith("packs/"):
+                verify_pack(self.objects[key], key.rpartition("/")[2], key)
+        for ref in {ref for snapshot in state.snapshots for ref in snapshot.pages}:
+            list(read_page_rows(self._get(keys.manifest(ref.digest)), ref))
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _index_of(index: Any) -> list[Json]:
+    commits: CommitArray = index.commits
+    touches: TouchArray = index.touches
+    events: tuple[WalEvent, ...] = index.events
+    numbers = [int(index.last_record), int(index.last_record_end), int(index.pending), index.records]
+    plain = [
+        [event_name(e.kind), int(e.start), int(e.end), e.time, e.name, [list(pair) for pair in e.values]]
+        for e in events
+    ]
+    return [
+        numbers,
+        [list(row[:5]) for row in commits.tolist()],
+        plain,
+        [list(row) for row in touches.tolist()],
+    ]
