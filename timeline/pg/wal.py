@@ -27,7 +27,7 @@ from timeline.clock import POSTGRES_EPOCH_MICROS, Micros
 from timeline.lsn import Lsn
 from timeline.pg.control import parse_checkpoint
 from timeline.pg.errors import WalFormatError
-from timeline.pg.wal_machine import Buffer, Machine, Matrix, as_bytes_array
+from timeline.pg.wal_machine import Buffer, Machine, Matrix, as_bytes_array, warm_up
 
 __all__ = [
     "COMMIT_DTYPE",
@@ -39,6 +39,7 @@ __all__ = [
     "WalScanner",
     "merge_results",
     "merge_touches",
+    "warm_up",
 ]
 
 COMMIT_DTYPE = np.dtype(

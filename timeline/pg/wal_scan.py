@@ -109,10 +109,19 @@ _inline = numba.njit(nogil=True)
 def _kernel(function: Callable[..., Any]) -> Any:
     """Compile on first use; cached on disk where a directory can be written."""
     try:
-        return numba.njit(cache=True, nogil=True)(function)
+        compiled = numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:
         # numba found nowhere to write: a service user without a home, a read-only root.
         return numba.njit(nogil=True)(function)
+
+    def call(*args: Any) -> Any:
+        try:
+            return compiled(*args)
+        except OSError:
+            # Compiled, but not stored (a full disk), and not yet run: the call itself does no I/O.
+            return compiled(*args)
+
+    return call
 
 
 @_inline
