@@ -11,8 +11,9 @@ its end is archived: a branch is possible from ``end`` on, which whoever plans a
 
 Two backups of one branch at a time are harmless to the store, but only the later one's progress stays pinned.
 
-Memory: as stated in extent_writer.py, page_runs.py, known_pages.py, boot_pack.py and backup_intake.py;
-together below 200 MB, beside 0.3 KB for each file of the source and 100 MB for the program itself.
+Memory: as stated in extent_writer.py, page_runs.py, known_pages.py, boot_pack.py and backup_intake.py,
+beside 0.3 KB for each file of the source. Measured peak of the whole process, source 446 MiB: 190 MB into a
+directory, 237 to 260 MB into S3, of which 105 MB are the program itself.
 """
 
 from __future__ import annotations
