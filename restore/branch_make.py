@@ -34,9 +34,9 @@ from restore.isolation import Endpoint, isolate
 from restore.lazy_data import make_overlay, mount_data
 from restore.lazy_host import lazy_obstacle
 from restore.local_branch import COPY, LAZY, LocalBranch, Origin, Server
-from restore.plan import BranchPlan, WalSpan, make_plan
+from restore.plan import BranchPlan, WalSpan, bounds_as_of, make_plan
 from restore.prefetch import Prefetcher
-from restore.settings import BranchSettings, branch_settings
+from restore.settings import branch_settings
 from restore.wal_files import NEVER, WHOLE_BYTES, Feed, WalReader, feed_wal, write_histories, write_wal
 from timeline.catalog.history import History
 from timeline.catalog.line import incarnation_at
@@ -115,42 +115,37 @@ class BranchMaker:
         incarnation = incarnation_at(history.state, target.lsn)
         check_architecture(incarnation)
         binaries = find_binaries(incarnation.major, self._environ)
-        listing = await read_listing(store, target.snapshot, self.counters)
-        plan = plan_branch(history, target, incarnation, listing)
-        settings = self._settings(plan, binaries)
-        self._warnings += [*settings.warnings, *await history.remarks(target.tli), *_remarks(target)]
+        check_preload(self.request.preload, binaries)
+        plan = plan_branch(history, target, incarnation)
+        self._warnings += [*await history.remarks(target.tli), *_remarks(target)]
         self._record(store, plan, target, binaries)
         wal = self._host.make_private(self._directory / "wal")
         write_histories(plan, wal, self._host)
         instance = Instance(self._host, binaries, self.data, self._directory / "postgres.log")
-        feed = Feed(self._directory / "feed") if plan.replayed_bytes > WHOLE_BYTES else None
-        data = (
-            self._show(plan, settings, wal)
-            if self.branch.mode == LAZY
-            else self._copy(store, plan, settings, wal, listing)
-        )
+        showing = (self._show if self.branch.mode == LAZY else self._copy)(store, plan, binaries, wal)
         read = wal_reader(history)
         creates = tablespace_creates(target)
-        if feed is None:
-            await together(data, write_wal(plan, read, wal, self._host, creates=creates))
+        if plan.replayed_bytes <= WHOLE_BYTES:
+            await together(showing, write_wal(plan, read, wal, self._host, creates=creates))
             postmaster = await self._recover(instance, plan, NEVER)
         else:
+            feed = Feed(self._directory / "feed")
             feed.create(self._host)
             feeding = asyncio.create_task(
                 feed_wal(plan, read, feed, self._host, self._clock, creates=creates)
             )
             try:
-                await data
+                await showing
                 postmaster = await _unless(feeding, self._recover(instance, plan, feed.restore_command))
             finally:
                 feeding.cancel()
                 await asyncio.gather(feeding, return_exceptions=True)
         check_promotion(self.data, wal, plan)
         server = self._server
-        endpoint = Endpoint(server.sockets, server.port, server.superuser, server.major)
-        self._warnings += await isolate(self.data, endpoint, incarnation)
+        endpoint = Endpoint(server.sockets, server.port, server.superuser)
+        self._warnings += await isolate(self.data, endpoint, binaries, incarnation)
         if self.request.listen is not None:
-            postmaster = await self._listen(instance, postmaster, settings)
+            postmaster = await self._listen(instance, postmaster)
         self._note(postmaster)
         shutil.rmtree(self._directory / "feed", ignore_errors=True)
         return self.branch
@@ -162,18 +157,22 @@ class BranchMaker:
         relative = when.strip().lower().endswith("ago")
         return parse_when(when, self.request.zone, await history.source_clock() if relative else None)
 
-    def _settings(self, plan: BranchPlan, binaries: Binaries) -> BranchSettings:
-        check_preload(self.request.preload, binaries)
-        return branch_settings(
+    def _lay_out(self, plan: BranchPlan, binaries: Binaries, wal: Path, control: bytes) -> None:
+        """Make the snapshot's files the branch's, in a directory that Postgres has not seen yet."""
+        settings = branch_settings(
             plan.incarnation.major,
             plan.snapshot.settings,
-            plan.bounds,
+            bounds_as_of(parse_control(control), plan.events),
             host_support(binaries),
             name=self.branch.name,
             sockets=str(self._branches.sockets(self.branch.id)),
             port=PORT,
             preload=self.request.preload,
         )
+        self._warnings += settings.warnings
+        self._settings = settings
+        self._files = live_directory(self.data, self._host, self.branch)
+        lay_out(self._files, plan, settings, wal)
 
     def _record(self, store: Store, plan: BranchPlan, target: Target, binaries: Binaries) -> None:
         """Write down what the branch will be, before anything is mounted or started for it."""
@@ -207,16 +206,20 @@ class BranchMaker:
         )
         self._branches.save(self.branch)
 
-    async def _show(self, plan: BranchPlan, settings: BranchSettings, wal: Path) -> None:
-        overlay = make_overlay(self._directory)
-        await asyncio.to_thread(lay_out, overlay, plan, settings, wal)
+    async def _show(self, store: Store, plan: BranchPlan, binaries: Binaries, wal: Path) -> None:
+        """Lazy: mount, and change what shows through the mount."""
+        await asyncio.to_thread(make_overlay, self._directory)
         await mount_data(
             self._directory, self.branch, plan.snapshot, self._host, cache_bytes=self.request.cache_bytes
         )
 
-    async def _copy(
-        self, store: Store, plan: BranchPlan, settings: BranchSettings, wal: Path, listing: FileListing
-    ) -> None:
+        def change() -> None:
+            self._lay_out(plan, binaries, wal, (self.data / CONTROL_FILE).read_bytes())
+
+        await asyncio.to_thread(change)
+
+    async def _copy(self, store: Store, plan: BranchPlan, binaries: Binaries, wal: Path) -> None:
+        """Copy: write everything, pg_control last."""
         size = plan.snapshot.bytes
         if self.request.mode == AUTO and size > COPY_LIMIT_BYTES:
             raise UsageError(
@@ -225,12 +228,13 @@ class BranchMaker:
                 hint="--mode copy makes it all the same",
             )
         check_room(self._directory, size)
+        listing = await read_listing(store, plan.snapshot, self.counters)
         data = self._host.make_private(self.data)
         owner = self._host.account if self._host.switches_user else None
         await write_files(store, plan.snapshot, listing, data, owner, self.counters)
 
         def finish() -> None:
-            lay_out(PlainDirectory(data, self._host), plan, settings, wal)
+            self._lay_out(plan, binaries, wal, control_content(listing))
             write_control(listing, data, owner)
 
         await asyncio.to_thread(finish)
@@ -243,22 +247,30 @@ class BranchMaker:
         prefetcher = None
         if self.branch.mode == LAZY and plan.replayed_bytes > PREFETCH_BYTES:
             prefetcher = Prefetcher.start(plan, self._directory, self.data)
+        syncing = asyncio.ensure_future(asyncio.to_thread(self._sync))
         try:
-            return await starting.wait(self._clock, ready_seconds=ready_seconds(plan.replayed_bytes))
+            postmaster = await starting.wait(self._clock, ready_seconds=ready_seconds(plan.replayed_bytes))
         finally:
             if prefetcher is not None:
                 prefetcher.stop()
+            await asyncio.gather(syncing, return_exceptions=True)
+        syncing.result()
+        return postmaster
 
-    async def _listen(
-        self, instance: Instance, postmaster: Postmaster, settings: BranchSettings
-    ) -> Postmaster:
+    def _sync(self) -> None:
+        """What we wrote must not be lost with the host once the branch counts as born."""
+        if self.branch.durable:
+            self._files.sync()
+
+    async def _listen(self, instance: Instance, postmaster: Postmaster) -> Postmaster:
         """Open TCP, now that the branch is isolated: a restart, for nobody may have come in before."""
         listen = self.request.listen
         if listen is None:
             return postmaster
         await stop(postmaster, self._clock, seconds=_STOP_SECONDS)
-        settings = settings.replacing(listen_addresses=listen.address, port=str(listen.port))
-        configure(live_directory(self.data, self._host, self.branch), settings, listens=True)
+        settings = self._settings.replacing(listen_addresses=listen.address, port=str(listen.port))
+        configure(self._files, settings, listens=True)
+        await asyncio.to_thread(self._sync)
         self.branch = dataclasses.replace(
             self.branch,
             server=dataclasses.replace(self._server, port=listen.port, listen=listen.address),
@@ -283,13 +295,16 @@ class BranchMaker:
         self._branches.save(self.branch)
 
 
-def plan_branch(
-    history: History, target: Target, incarnation: Incarnation, listing: FileListing
-) -> BranchPlan:
-    """The plan, from what the catalog resolved and the snapshot lists."""
-    control = listing.get(CONTROL_FILE)
-    if control is None or control.content is None:
-        raise CheckFailed(f"snapshot {target.snapshot.id} holds no {CONTROL_FILE}")
+def control_content(listing: FileListing) -> bytes:
+    """The snapshot's pg_control, which the listing itself holds; raises CheckFailed."""
+    row = listing.get(CONTROL_FILE)
+    if row is None or row.content is None:
+        raise CheckFailed(f"the snapshot holds no {CONTROL_FILE}")
+    return row.content
+
+
+def plan_branch(history: History, target: Target, incarnation: Incarnation) -> BranchPlan:
+    """The plan, from what the catalog resolved."""
     return make_plan(
         snapshot=target.snapshot,
         incarnation=incarnation,
@@ -297,9 +312,7 @@ def plan_branch(
         tli=target.tli,
         lsn=target.lsn,
         last_record=target.last_record,
-        control=parse_control(control.content),
         events=target.events,
-        slots=[os.path.basename(row.path) for row in listing.children("pg_replslot")],
     )
 
 

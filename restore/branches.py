@@ -108,16 +108,21 @@ class Branches:
         return branch, lock
 
     def save(self, branch: LocalBranch) -> None:
-        """Write ``branch.json`` durably; a reader sees the old one or the new one."""
+        """Write ``branch.json``; a reader sees the old one or the new one.
+
+        Durable, but for a branch in the making: a power failure makes debris of that anyway.
+        """
         path = self.directory(branch.id) / "branch.json"
         temporary = path.with_suffix(".tmp")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(descriptor, "wb") as file:
             file.write(encode_branch(branch))
             file.flush()
-            os.fsync(file.fileno())
+            if branch.phase != MAKING:
+                os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_directory(path.parent)
+        if branch.phase != MAKING:
+            _sync_directory(path.parent)
 
     def get(self, name: str) -> LocalBranch:
         """The branch of that name; raises UsageError when there is none that has been offered."""
@@ -243,9 +248,11 @@ class Branches:
     def _read(self, directory: Path) -> LocalBranch | None:
         path = directory / "branch.json"
         try:
-            return decode_branch(path.read_bytes(), path)
+            data = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        # Empty: a power failure during the making, see ``save``.
+        return decode_branch(data, path) if data else None
 
     def _read_all(self) -> list[LocalBranch]:
         if not self.host.branches.is_dir():

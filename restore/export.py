@@ -22,13 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from restore.branch_make import plan_branch, tablespace_creates, wal_reader
+from restore.branch_make import control_content, plan_branch, tablespace_creates, wal_reader
 from restore.branch_request import StoreAddress
 from restore.data_files import PlainDirectory
 from restore.eager import Counters, Progress, read_listing, write_control, write_files
 from restore.host import Account, Host
-from restore.plan import BACKUP_LABEL, RECOVERY_SIGNAL, BranchPlan
-from restore.settings import format_conf
+from restore.plan import BACKUP_LABEL, RECOVERY_SIGNAL, BranchPlan, bounds_as_of
+from restore.settings import RecoveryBounds, format_conf
 from restore.wal_files import NEVER, write_histories, write_wal
 from timeline.catalog.history import History
 from timeline.catalog.line import incarnation_at
@@ -39,6 +39,7 @@ from timeline.errors import UsageError
 from timeline.format.file_listing import FileListing
 from timeline.format.log import Setting
 from timeline.ids import MAIN
+from timeline.pg.control import parse_control
 from timeline.store.open import open_store
 
 _FREE_BYTES = 1 << 30
@@ -90,11 +91,12 @@ async def restore_directory(
         target = await history.resolve(when, tli=tli)
         incarnation = incarnation_at(history.state, target.lsn)
         listing = await read_listing(store, target.snapshot, counters)
-        plan = plan_branch(history, target, incarnation, listing)
+        plan = plan_branch(history, target, incarnation)
+        bounds = bounds_as_of(parse_control(control_content(listing)), plan.events)
         check_room(directory, plan.snapshot.bytes + plan.replayed_bytes)
         host, owner = _owner(directory, host)
         await write_files(store, plan.snapshot, listing, directory, owner, counters, report=report)
-        warnings = await asyncio.to_thread(_configure, directory, plan, listing, host)
+        warnings = await asyncio.to_thread(_configure, directory, plan, bounds, listing, host)
         wal = directory / "pg_wal"
         write_histories(plan, wal, host)
         await write_wal(plan, wal_reader(history), wal, host, creates=tablespace_creates(target))
@@ -117,10 +119,9 @@ async def restore_directory(
     )
 
 
-def recovery_block(plan: BranchPlan) -> bytes:
+def recovery_block(plan: BranchPlan, bounds: RecoveryBounds) -> bytes:
     """What is added to ``postgresql.auto.conf``."""
     told = {setting.name: setting.value for setting in plan.snapshot.settings}
-    bounds = plan.bounds
     limits = [
         Setting("max_connections", str(bounds.max_connections)),
         Setting("max_worker_processes", str(bounds.max_worker_processes)),
@@ -193,7 +194,9 @@ def _owner(directory: Path, host: Host) -> tuple[Host, Account | None]:
     return host, host.account
 
 
-def _configure(directory: Path, plan: BranchPlan, listing: FileListing, host: Host) -> list[str]:
+def _configure(
+    directory: Path, plan: BranchPlan, bounds: RecoveryBounds, listing: FileListing, host: Host
+) -> list[str]:
     files = PlainDirectory(directory, host)
     warnings = []
     for path in plan.hidden:
@@ -214,7 +217,7 @@ def _configure(directory: Path, plan: BranchPlan, listing: FileListing, host: Ho
             warnings.append(f"the source keeps its {name} elsewhere: check the one made here")
     auto = directory / "postgresql.auto.conf"
     files.put_file(
-        "postgresql.auto.conf", (auto.read_bytes() if auto.exists() else b"") + recovery_block(plan)
+        "postgresql.auto.conf", (auto.read_bytes() if auto.exists() else b"") + recovery_block(plan, bounds)
     )
     files.put_file(RECOVERY_SIGNAL, b"")
     if plan.backup_label is not None:

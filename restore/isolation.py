@@ -11,18 +11,19 @@ differs from the source's is told per database (EDGE 47).
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import re
+import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from timeline.errors import CheckFailed, TimelineError
+from restore.binaries import Binaries
+from timeline.errors import CheckFailed, TimelineError, Unavailable, UsageError
 from timeline.format.log import Incarnation
-
-if TYPE_CHECKING:
-    import psycopg
 
 _FILENODE_MAP = "global/pg_filenode.map"
 _MAP_MAGIC = 0x592717
@@ -33,7 +34,41 @@ _PG_USER_MAPPING = "1418"
 _LISTED_DATABASES = 16
 """More databases than this with foreign servers are counted, not listed."""
 _CONNECT_SECONDS = 30
-_NOWHERE = "host=/nonexistent"
+_QUERY_SECONDS = 120
+
+_CUT_SUBSCRIPTIONS = """
+set synchronous_commit = on;
+with cut as (
+    update pg_catalog.pg_subscription
+    set subenabled = false, subslotname = null, subconninfo = 'host=/nonexistent'
+    returning subname)
+select coalesce(jsonb_agg(subname order by subname), '[]') from cut;
+"""
+"""The shared catalog is written directly: ALTER SUBSCRIPTION would need a connection to every database,
+among them those that allow none. Synchronously: a crash of the branch must not bring a subscription
+back."""
+_SUBSCRIPTIONS_LEFT = """
+select jsonb_agg(n) from (
+    select count(*) as n from pg_catalog.pg_subscription where subenabled or subslotname is not null) counted;
+"""
+_COLLATIONS = """
+select coalesce(jsonb_agg(jsonb_build_array(datname, datcollversion, here) order by datname), '[]')
+from (select datname, datcollversion, pg_catalog.pg_database_collation_actual_version(oid) as here
+      from pg_catalog.pg_database where datallowconn and datcollversion is not null) compared
+where datcollversion <> here;
+"""
+_DATABASES = """
+select coalesce(jsonb_agg(datname order by datname), '[]')
+from pg_catalog.pg_database where datallowconn and oid = any ('{%s}'::oid[]);
+"""
+_FOREIGN_SERVERS = """
+select coalesce(jsonb_agg(jsonb_build_array(srvname, fdwname, mappings) order by srvname), '[]')
+from (select s.srvname, w.fdwname, count(u.oid) as mappings
+      from pg_catalog.pg_foreign_server s
+      join pg_catalog.pg_foreign_data_wrapper w on w.oid = s.srvfdw
+      left join pg_catalog.pg_user_mapping u on u.umserver = s.oid
+      group by 1, 2) listed;
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,31 +78,45 @@ class Endpoint:
     sockets: str
     port: int
     superuser: str
-    major: int
 
 
-async def isolate(data: Path, endpoint: Endpoint, source: Incarnation) -> tuple[str, ...]:
+async def isolate(data: Path, endpoint: Endpoint, binaries: Binaries, source: Incarnation) -> tuple[str, ...]:
     """Cut it off; the warnings its user should see. Raises TimelineError when it cannot be done."""
     subscriptions = _has_subscriptions(data)
     foreign = _databases_with_foreign_servers(data)
     drifted = _collations_may_differ(source)
     if not (subscriptions or foreign or drifted):
         return ()
-    import psycopg
-
+    psql = _Psql(endpoint, binaries)
     warnings: list[str] = []
-    try:
-        async with await _connect_any(endpoint) as connection:
-            if subscriptions:
-                warnings += await _cut_subscriptions(connection)
-            if drifted:
-                warnings += await _compare_collations(connection, endpoint.major)
-            names = await _database_names(connection, foreign)
-        for name in names[:_LISTED_DATABASES]:
-            async with await _connect(endpoint, name) as connection:
-                warnings += await _list_foreign_servers(connection, name)
-    except psycopg.Error as error:
-        raise TimelineError(f"the branch cannot be isolated: {' '.join(str(error).split())}") from error
+    names: list[str] = []
+    script = _CUT_SUBSCRIPTIONS + _SUBSCRIPTIONS_LEFT if subscriptions else ""
+    if drifted and binaries.major >= 15:
+        script += _COLLATIONS
+    if foreign:
+        script += _DATABASES % ",".join(map(str, foreign))
+    answers = iter(await _in_any_database(psql, script) if script else [])
+    if subscriptions:
+        cut, left = next(answers), next(answers)
+        if left != [0]:
+            raise CheckFailed("subscriptions of the branch could not be disabled")
+        warnings += [f"subscription {name!r} is disabled; slot and connection are removed" for name in cut]
+    if drifted and binaries.major >= 15:
+        warnings += [
+            f"database {name!r}: collation version here is {here}, on the source {recorded}: "
+            "indexes on text may be out of order"
+            for name, recorded, here in next(answers)
+        ]
+    elif drifted:
+        warnings.append("libc or ICU differs from the source's: indexes on text may be out of order")
+    if foreign:
+        names = next(answers)
+    for name in names[:_LISTED_DATABASES]:
+        (servers,) = await psql.run(name, _FOREIGN_SERVERS)
+        warnings += [
+            f"database {name!r}: foreign server {server!r} ({wrapper}, user mappings: {mappings}) still works"
+            for server, wrapper, mappings in servers
+        ]
     if len(names) > _LISTED_DATABASES:
         warnings.append(f"{len(names) - _LISTED_DATABASES} more databases may hold foreign servers")
     return tuple(warnings)
@@ -109,7 +158,7 @@ def _size(path: Path) -> int | None:
 
 def _collations_may_differ(source: Incarnation) -> bool:
     if source.icu_version is not None:
-        # Which ICU the branch's server was built with, only the server can tell.
+        # Which version of ICU's rules the branch's server has, only the server can tell.
         return True
     return source.libc_version is not None and _numbers(source.libc_version) != _numbers(_libc_version())
 
@@ -125,87 +174,65 @@ def _numbers(version: str) -> list[str]:
     return re.findall(r"\d+", version)[:2]
 
 
-async def _connect_any(endpoint: Endpoint) -> psycopg.AsyncConnection[Any]:
-    import psycopg
-
+async def _in_any_database(psql: _Psql, script: str) -> list[Any]:
     try:
-        return await _connect(endpoint, "postgres")
-    except psycopg.OperationalError as error:
-        if "does not exist" not in str(error):
+        return await psql.run("postgres", script)
+    except _PsqlError as error:
+        if "does not exist" not in error.message:
             raise
-        return await _connect(endpoint, "template1")
+        return await psql.run("template1", script)
 
 
-async def _connect(endpoint: Endpoint, database: str) -> psycopg.AsyncConnection[Any]:
-    import psycopg
+class _Psql:
+    """Runs SQL through psql: no driver to import, and nothing of ours stays connected."""
 
-    # A login trigger of the source must not run for our sake, nor its libraries be loaded.
-    options = "-c statement_timeout=0 -c lock_timeout=0 -c session_preload_libraries="
-    if endpoint.major >= 17:
-        options += " -c event_triggers=off"
-    return await psycopg.AsyncConnection.connect(
-        host=endpoint.sockets,
-        port=endpoint.port,
-        user=endpoint.superuser,
-        dbname=database,
-        options=options,
-        autocommit=True,
-        connect_timeout=_CONNECT_SECONDS,
-    )
+    def __init__(self, endpoint: Endpoint, binaries: Binaries) -> None:
+        self._endpoint = endpoint
+        self._binaries = binaries
 
-
-async def _cut_subscriptions(connection: psycopg.AsyncConnection[Any]) -> list[str]:
-    # The shared catalog is written directly: ALTER SUBSCRIPTION would need a connection to every database,
-    # among them those that allow none.
-    async with connection.transaction():
-        await connection.execute("SET LOCAL synchronous_commit = on")
-        cursor = await connection.execute(
-            "UPDATE pg_catalog.pg_subscription SET subenabled = false, subslotname = NULL, subconninfo = %s "
-            "RETURNING subname",
-            (_NOWHERE,),
+    async def run(self, database: str, script: str) -> list[Any]:
+        """What the script's queries give, each one line of JSON; raises TimelineError."""
+        # A login trigger of the source must not run for our sake, nor its libraries be loaded.
+        options = "-c statement_timeout=0 -c lock_timeout=0 -c session_preload_libraries="
+        if self._binaries.major >= 17:
+            options += " -c event_triggers=off"
+        process = await asyncio.create_subprocess_exec(
+            _find_psql(self._binaries),
+            *("-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-f", "-"),
+            *("-h", self._endpoint.sockets, "-p", str(self._endpoint.port)),
+            *("-U", self._endpoint.superuser, "-d", database),
+            env={
+                **self._binaries.environment(),
+                "PGOPTIONS": options,
+                "PGCONNECT_TIMEOUT": str(_CONNECT_SECONDS),
+                "PGCLIENTENCODING": "UTF8",
+            },
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
         )
-        names = sorted(name for (name,) in await cursor.fetchall())
-    cursor = await connection.execute(
-        "SELECT count(*) FROM pg_catalog.pg_subscription WHERE subenabled OR subslotname IS NOT NULL"
-    )
-    if (await cursor.fetchone() or (1,))[0] != 0:
-        raise CheckFailed("subscriptions of the branch could not be disabled")
-    return [f"subscription {name!r} is disabled; slot and connection are removed" for name in names]
+        try:
+            async with asyncio.timeout(_QUERY_SECONDS):
+                out, err = await process.communicate(script.encode())
+        except TimeoutError:
+            raise Unavailable(f"the branch did not answer within {_QUERY_SECONDS} s") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode != 0:
+            reason = " ".join(err.decode(errors="replace").split())
+            raise _PsqlError(f"the branch cannot be isolated: {reason}")
+        return [json.loads(line) for line in out.splitlines()]
 
 
-async def _compare_collations(connection: psycopg.AsyncConnection[Any], major: int) -> list[str]:
-    if major < 15:
-        return [
-            "libc or ICU differs from the source's: rebuild indexes on text before relying on their order"
-        ]
-    cursor = await connection.execute(
-        "SELECT datname, datcollversion, pg_catalog.pg_database_collation_actual_version(oid) "
-        "FROM pg_catalog.pg_database WHERE datallowconn AND datcollversion IS NOT NULL ORDER BY datname"
-    )
-    return [
-        f"database {name!r}: collation version here is {actual}, on the source {recorded}: "
-        "indexes on text may be out of order"
-        for name, recorded, actual in await cursor.fetchall()
-        if recorded != actual
-    ]
+class _PsqlError(TimelineError):
+    """psql reports failure; its own words."""
 
 
-async def _database_names(connection: psycopg.AsyncConnection[Any], oids: list[int]) -> list[str]:
-    cursor = await connection.execute(
-        "SELECT datname FROM pg_catalog.pg_database "
-        "WHERE oid = ANY(%s::oid[]) AND datallowconn ORDER BY datname",
-        (oids,),
-    )
-    return [name for (name,) in await cursor.fetchall()]
-
-
-async def _list_foreign_servers(connection: psycopg.AsyncConnection[Any], database: str) -> list[str]:
-    cursor = await connection.execute(
-        "SELECT s.srvname, w.fdwname, count(u.oid) FROM pg_catalog.pg_foreign_server s "
-        "JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid = s.srvfdw "
-        "LEFT JOIN pg_catalog.pg_user_mapping u ON u.umserver = s.oid GROUP BY 1, 2 ORDER BY 1"
-    )
-    return [
-        f"database {database!r}: foreign server {server!r} ({wrapper}, user mappings: {mappings}) still works"
-        for server, wrapper, mappings in await cursor.fetchall()
-    ]
+def _find_psql(binaries: Binaries) -> str:
+    beside = binaries.directory / "psql"
+    found = str(beside) if beside.exists() else shutil.which("psql")
+    if found is None:
+        raise UsageError("there is no psql on this host", hint="install the PostgreSQL client")
+    return found

@@ -81,7 +81,8 @@ class BranchPlan:
     histories: tuple[HistoryFile, ...]
     recovery: tuple[Setting, ...]
     """Recovery target; all but ``restore_command``."""
-    bounds: RecoveryBounds
+    events: tuple[WalEvent, ...]
+    """Records among the WAL to replay that a branch must know of."""
     hidden: tuple[str, ...]
     """Paths of the snapshot that must not show."""
     backup_label: str | None
@@ -100,14 +101,11 @@ def make_plan(
     tli: int,
     lsn: Lsn,
     last_record: Lsn,
-    control: ControlFile,
     events: Sequence[WalEvent],
-    slots: Sequence[str],
 ) -> BranchPlan:
     """The plan for T = ``lsn`` on the line that ends in ``tli``.
 
-    ``control``: the snapshot's pg_control. ``events``: of the WAL from snapshot to T. ``slots``: names in
-    the snapshot's ``pg_replslot``. Raises TargetUnreachable when the snapshot cannot reach T (P7),
+    ``events``: of the WAL from snapshot to T. Raises TargetUnreachable when the snapshot cannot reach T (P7),
     TimelineError when the log lacks the history of ``tli``.
     """
     if lsn < snapshot.end:
@@ -130,12 +128,8 @@ def make_plan(
         segments=_segments(spans, segment_bytes),
         histories=_histories(tlis, {span.tli for span in spans} | {tli}),
         recovery=_recovery(snapshot, tli, last_record),
-        bounds=bounds_as_of(control, events),
-        hidden=(
-            *_HIDDEN,
-            *(f"pg_replslot/{slot}" for slot in slots),
-            *(() if snapshot.backup_label is not None else (BACKUP_LABEL,)),
-        ),
+        events=tuple(events),
+        hidden=_HIDDEN if snapshot.backup_label is not None else (*_HIDDEN, BACKUP_LABEL),
         backup_label=snapshot.backup_label,
     )
 

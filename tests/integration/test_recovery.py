@@ -19,7 +19,7 @@ from restore.data_files import PlainDirectory, lay_out
 from restore.host import Host, find_host
 from restore.host_support import host_support
 from restore.isolation import Endpoint, isolate
-from restore.plan import BranchPlan
+from restore.plan import BranchPlan, bounds_as_of
 from restore.settings import branch_settings
 from restore.wal_files import NEVER, Feed, feed_wal, write_histories, write_wal
 from tests.support.plain_backup import PlainBackup, take_backup
@@ -29,6 +29,7 @@ from timeline.errors import TimelineError
 from timeline.format.log import Setting
 from timeline.format.wal_index import EventKind
 from timeline.lsn import Lsn
+from timeline.pg.control import CONTROL_FILE, parse_control
 
 CLOCK = SystemClock()
 SOURCE_SETTINGS = {"wal_keep_size": "1GB", "wal_level": "logical", "max_prepared_transactions": "7"}
@@ -58,13 +59,11 @@ class PlainBranch:
             return row[0]
 
 
-def prepare(
-    backup: PlainBackup, lsn: Lsn, *, preload: Sequence[str] = (), slots: tuple[str, ...] = ()
-) -> PlainBranch:
+def prepare(backup: PlainBackup, lsn: Lsn, *, preload: Sequence[str] = ()) -> PlainBranch:
     """Everything but the WAL and the start."""
     host = find_host(os.environ)
     root = scratch("tl-br-")
-    plan = backup.plan(lsn, slots=slots)
+    plan = backup.plan(lsn)
     shutil.copytree(backup.directory, root / "data", symlinks=True)
     for path in [root / "data", *(root / "data").rglob("*")]:
         host.own(path)
@@ -75,7 +74,7 @@ def prepare(
     settings = branch_settings(
         backup.server.major,
         backup.snapshot.settings,
-        plan.bounds,
+        bounds_as_of(parse_control((root / "data" / CONTROL_FILE).read_bytes()), plan.events),
         host_support(binaries),
         name="test",
         sockets=str(root / "s"),
@@ -290,8 +289,9 @@ def test_subscriptions_cannot_touch_the_publisher(source: tuple[PostgresServer, 
         dbname="other",
     )
     with branch_at(backup, position(server)) as branch:
-        endpoint = Endpoint(str(branch.root / "s"), 5432, "postgres", server.major)
-        warnings = asyncio.run(isolate(branch.instance.data, endpoint, backup.incarnation))
+        endpoint = Endpoint(str(branch.root / "s"), 5432, "postgres")
+        instance = branch.instance
+        warnings = asyncio.run(isolate(instance.data, endpoint, instance.binaries, backup.incarnation))
         assert any("subscription 'sub'" in text for text in warnings)
         assert any("'far'" in text and "postgres_fdw" in text for text in warnings)
         assert not any("secret" in text for text in warnings)
@@ -307,8 +307,9 @@ def test_no_connection_where_nothing_leads_out(source: tuple[PostgresServer, Pla
     """A branch without subscriptions and foreign servers is not connected to."""
     _, backup = source
     with branch_at(backup, backup.snapshot.end) as branch:
-        nobody = Endpoint("/nonexistent", 1, "nobody", 15)
-        assert asyncio.run(isolate(branch.instance.data, nobody, backup.incarnation)) == ()
+        nobody = Endpoint("/nonexistent", 1, "nobody")
+        instance = branch.instance
+        assert asyncio.run(isolate(instance.data, nobody, instance.binaries, backup.incarnation)) == ()
 
 
 def test_failure_says_why_and_leaves_no_process(source: tuple[PostgresServer, PlainBackup]) -> None:

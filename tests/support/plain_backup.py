@@ -44,7 +44,7 @@ class PlainBackup:
                     yield position, os.pread(file.fileno(), stop - position, position % segment_bytes)
                 position = Lsn(stop)
 
-    def plan(self, lsn: Lsn, *, slots: tuple[str, ...] = ()) -> BranchPlan:
+    def plan(self, lsn: Lsn) -> BranchPlan:
         """The plan for that LSN on the server's present tli."""
         control = parse_control((self.server.data / "global/pg_control").read_bytes())
         scanned = self.scan(lsn)
@@ -65,9 +65,7 @@ class PlainBackup:
             tli=control.tli,
             lsn=lsn,
             last_record=scanned.last_record,
-            control=parse_control((self.directory / "global/pg_control").read_bytes()),
             events=scanned.events,
-            slots=slots,
         )
 
     def scan(self, lsn: Lsn) -> Scanned:

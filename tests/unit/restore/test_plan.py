@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from restore.plan import BranchPlan, SegmentFile, WalSpan, make_plan
+from restore.plan import BranchPlan, SegmentFile, WalSpan, bounds_as_of, make_plan
 from timeline.errors import TargetUnreachable, TimelineError
 from timeline.format.log import Incarnation, Snapshot, Tli
 from timeline.format.manifest import ManifestRef
@@ -61,8 +61,7 @@ def plan(
 ) -> BranchPlan:
     return make_plan(
         snapshot=snapshot, incarnation=INCARNATION, tlis=tlis, tli=on, lsn=Lsn(lsn),
-        last_record=Lsn(lsn - 64 if last_record is None else last_record), control=CONTROL, events=events,
-        slots=("slot_a",),
+        last_record=Lsn(lsn - 64 if last_record is None else last_record), events=events,
     )  # fmt: skip
 
 
@@ -149,14 +148,15 @@ def test_limits_follow_parameter_changes() -> None:
     made = plan(
         6 * MIB, events=(change(1, 50, 8, 10, 90, 64, 2, 1, 1), change(2, 300, 4, 10, 1, 64, 1, 0, 1))
     )
-    assert made.bounds.max_prepared_transactions == 90
-    assert made.bounds.max_connections == 300
-    assert (made.bounds.wal_level, made.bounds.wal_log_hints) == (1, False)
-    assert made.bounds.track_commit_timestamp is True
+    bounds = bounds_as_of(CONTROL, made.events)
+    assert bounds.max_prepared_transactions == 90
+    assert bounds.max_connections == 300
+    assert (bounds.wal_level, bounds.wal_log_hints) == (1, False)
+    assert bounds.track_commit_timestamp is True
 
 
 def test_what_must_not_show() -> None:
     """P8, EDGE 49: nothing that would make it a standby, link tablespaces or hold a slot."""
     hidden = plan(6 * MIB).hidden
-    assert {"standby.signal", "tablespace_map", "postmaster.pid", "pg_replslot/slot_a"} <= set(hidden)
+    assert {"standby.signal", "tablespace_map", "postmaster.pid"} <= set(hidden)
     assert "backup_label" not in hidden
