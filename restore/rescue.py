@@ -623,8 +623,8 @@ class WalCopy:
         redo = self._snapshot["lsn"]
         if end is not None and piece.start >= end:
             return True
-        if self.start is None and self.end < piece.start <= redo:
-            self.end = piece.start
+        if self.end < piece.start <= redo:
+            self.start, self.end = None, piece.start
         if piece.start > self.end:
             return False
         wal, creates = piece.read()

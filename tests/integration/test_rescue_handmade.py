@@ -9,27 +9,23 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from tests.fix_postgres import MAJORS
 from tests.support.handmade_store import HandmadeStore, Indexer, WalRun, promote_in_place
 from tests.support.plain_backup import PlainBackup, take_backup
 from tests.support.postgres import PostgresServer, scratch
+from tests.support.rescued import RESCUE, recovered, rescue, value
 from timeline.format import keys, log
 from timeline.lsn import Lsn
 from timeline.pg.segment import parse_history, parse_segment_name
 
-RESCUE = Path(__file__).parents[2] / "restore" / "rescue.py"
 DIGEST = (
     "select (select count(*)::text || ':' || coalesce(sum(hashtext(t::text)), 0) from t t) || '/' ||"
     " (select count(*)::text || ':' || coalesce(sum(n), 0) from in_space) || '/' || (select n from in_early)"
@@ -164,53 +160,6 @@ def _fill(store: HandmadeStore, backup: PlainBackup, received: Path, end: Lsn) -
     store.put(keys.chunk("main", 2, new.start), b"below the sealed LSN")
     store.put(keys.chunk("main", 2, end + 5), b"off the chain")
     return tuple(keys.chunk("main", 2, piece.start) for piece in tail.cut(_CHUNK_BYTES))
-
-
-def rescue(store: Path, target: Path, *options: str, blake3: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run it as a stranger would: by its path, from elsewhere, without our packages in reach."""
-    hide = "" if blake3 else "sys.modules['blake3'] = None;"
-    code = (
-        f"import runpy, sys; {hide} sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    return subprocess.run(
-        [sys.executable, "-I", "-c", code, str(RESCUE), str(store), str(target), *options],
-        capture_output=True,
-        text=True,
-        cwd="/",
-        timeout=120,
-        check=False,
-    )
-
-
-@contextlib.contextmanager
-def recovered(server: PostgresServer, target: Path) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
-    """Postgres on the directory, when it has recovered; a connection to it."""
-    for path in (target, *target.rglob("*")):
-        if os.geteuid() == 0:
-            os.chown(path, server.user.pw_uid, server.user.pw_gid)
-    log_file = target / "server.log"
-    server.tool("pg_ctl", "-D", str(target), "-l", str(log_file), "-W", "start")
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                connection = psycopg.connect(
-                    host=str(target), user="postgres", dbname="postgres", autocommit=True
-                )
-                break
-            except psycopg.OperationalError:
-                if time.monotonic() > deadline or "shut down" in log_file.read_text().split("\n")[-2:][0]:
-                    raise AssertionError(log_file.read_text()) from None
-                time.sleep(0.05)
-        with connection:
-            yield connection
-    finally:
-        server.tool("pg_ctl", "-D", str(target), "-m", "immediate", "stop", check=False)
-
-
-def value(connection: psycopg.Connection[tuple[object, ...]], query: str) -> str:
-    (row,) = connection.execute(query).fetchall()
-    return str(row[0])
 
 
 @pytest.fixture
