@@ -145,10 +145,10 @@ def resolve(
 ) -> Settings:
     """Settle every value; raises UsageError when several clusters are configured and none is chosen."""
     settings = Settings(
-        store=store or os.environ.get("TL_STORE"),
-        endpoint_url=endpoint_url or os.environ.get("TL_ENDPOINT_URL"),
-        region=region or os.environ.get("TL_REGION"),
-        source=source or os.environ.get("TL_SOURCE"),
+        store=store or os.environ.get("TL_STORE") or None,
+        endpoint_url=endpoint_url or os.environ.get("TL_ENDPOINT_URL") or None,
+        region=region or os.environ.get("TL_REGION") or None,
+        source=source or os.environ.get("TL_SOURCE") or None,
         cluster=None,
         json=as_json,
     )

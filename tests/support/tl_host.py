@@ -44,6 +44,11 @@ class Host:
         decoded: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
         return decoded
 
+    def branches(self) -> list[dict[str, Any]]:
+        """What ``tl branches`` lists."""
+        listed: list[dict[str, Any]] = json.loads(self.run("branches", "--json").stdout)
+        return listed
+
     def run(self, *args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run ``tl …`` to its end, whatever the outcome."""
         return subprocess.run(
