@@ -1,4 +1,4 @@
-"""File listings: every file, directory and symlink of a snapshot (SPEC.md, [FIL-1] to [FIL-7]).
+"""File listings: every file, directory and symlink of a snapshot (SPEC.md, [FIL-1] to [FIL-5]).
 
 Rows are sorted by (directory, name), so the children of a directory are consecutive. A decoded listing stays
 in Arrow and NumPy arrays (about 50 bytes a file beside the names) and is searched by bisection: a million

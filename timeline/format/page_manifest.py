@@ -1,4 +1,4 @@
-"""Page manifests: which extent holds which blocks of which file (SPEC.md, [PAG-1] to [PAG-9]).
+"""Page manifests: which extent holds which blocks of which file (SPEC.md, [PAG-1] to [PAG-7]).
 
 Written row group by row group in order of (path, group, first block), bytewise by path. All extents of one
 (path, group) are in one row group, so a lookup reads at most one row group of each manifest.

@@ -1,4 +1,4 @@
-"""What all manifests have in common as Parquet files (SPEC.md, [MAN-1] to [MAN-9]).
+"""What all manifests have in common as Parquet files (SPEC.md, [MAN-1] to [MAN-6]).
 
 A manifest is built in memory (it is at most one object of the store), row group by row group; the digest of
 every row group is taken from the bytes just written and goes into the footer. A reader that has only the

@@ -1,4 +1,4 @@
-"""Index of a run of WAL ↔ bytes (SPEC.md, [IDX-1] to [IDX-6]).
+"""Index of a run of WAL ↔ bytes (SPEC.md, [IDX-1] to [IDX-5]).
 
 Layout, before compression: length of the head (u32 LE), head (JSON, UTF-8), then the commits and the touches
 as packed little-endian records (COMMIT_DTYPE, TOUCH_DTYPE).

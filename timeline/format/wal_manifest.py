@@ -1,4 +1,4 @@
-"""WAL manifests: where sealed WAL is and what it holds (SPEC.md, [WMA-1] to [WMA-7]).
+"""WAL manifests: where sealed WAL is and what it holds (SPEC.md, [WMA-1] to [WMA-2]).
 
 One row per frame, with native nested columns for commits, events and touched relations, so that any Parquet
 tool can query the history without us.
