@@ -141,7 +141,7 @@ class History:
         Raises TargetUnreachable when the store does not hold all of them, DamagedStore. Close the iterator
         (``contextlib.aclosing``) when it is not read to its end.
         """
-        left = [Span(span.tli, span.start, span.end) for span in spans]
+        left = [Span(span.tli, span.start, span.end) for span in spans if span.start < span.end]
         reloaded = False
         while left:
             try:

@@ -25,8 +25,10 @@ from timeline.format.log import BranchState
 from timeline.lsn import Lsn
 from timeline.pg.wal_patch import previous_record
 
-_RECORD_HEADER_REACH_BYTES = 128
-"""A record's header, and a page's in the middle of it."""
+_PAGE_BYTES = 8192
+_RECORD_HEADER_BYTES = 24
+_PAGE_HEADER_BYTES = 40
+"""The longer kind."""
 _FIRST_LOOK_BYTES = 64 << 10
 _LONGEST_RECORD_BYTES = 64 << 20
 """How far the end of the record at an arbitrary LSN is looked for."""
@@ -70,7 +72,11 @@ class RunReader:
 
     async def before_record(self, start: Lsn) -> Boundary:
         """Just before a record that is known to start there: the record itself names the one before."""
-        wal = await self._read_wal(self.run, start, min(start + _RECORD_HEADER_REACH_BYTES, self.run.end))
+        # Not a byte more than needed: the next one may be in another frame, and its manifest another request.
+        length = _RECORD_HEADER_BYTES
+        if start % _PAGE_BYTES == 0 or start % _PAGE_BYTES + length > _PAGE_BYTES:
+            length += _PAGE_HEADER_BYTES
+        wal = await self._read_wal(self.run, start, min(start + length, self.run.end))
         return Boundary(start, previous_record(wal, start, start))
 
     async def boundary_at(self, lsn: Lsn) -> Boundary:
