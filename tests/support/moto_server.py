@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.support.child import die_with_parent
 from tests.support.ports import free_ports, owns_port
 from tests.support.seaweed import boto3_client
 
@@ -28,12 +29,17 @@ class MotoServer:
     def endpoint_url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
     def start(self, *, seconds: float = 60.0) -> None:
         """Run it and wait until it answers; raises RuntimeError with its log otherwise."""
         with tempfile.TemporaryFile() as log:
             self._process = subprocess.Popen(
                 [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(self.port)],
                 stdin=subprocess.DEVNULL,
+                preexec_fn=die_with_parent,
                 stdout=log,
                 stderr=log,
             )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import http.client
 import json
@@ -31,6 +32,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.support.child import die_with_parent
 from tests.support.ports import free_ports, owns_port
 
 FAULT_KINDS = (
@@ -45,6 +47,7 @@ FAULT_KINDS = (
 _HEAD_BYTES = 64 << 10
 _AHEAD_BYTES = 256 << 10
 _PACE_SECONDS = 0.002
+"""Grain of the bandwidth: bytes that are due sooner than a quarter of this go at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,25 +238,6 @@ class _Head:
         )
 
 
-class _Pace:
-    """Holds one direction of one connection to the bandwidth, by pausing where the bytes come from."""
-
-    def __init__(self, state: _State, loop: asyncio.AbstractEventLoop) -> None:
-        self._state = state
-        self._loop = loop
-        self._free_at = 0.0
-
-    def pause_after(self, size: int) -> float:
-        """Count the bytes; seconds to wait before more of them may come."""
-        rate = self._state.bytes_per_second
-        if rate <= 0:
-            return 0.0
-        now = self._loop.time()
-        self._free_at = max(self._free_at, now) + size / rate
-        wait = self._free_at - now
-        return wait if wait > _PACE_SECONDS else 0.0
-
-
 class _Side(asyncio.Protocol):
     """One socket of a pair."""
 
@@ -262,7 +246,10 @@ class _Side(asyncio.Protocol):
         self.loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport | None = None
         self.peer: _Side | None = None
-        self.pace = _Pace(state, self.loop)
+        self._queue: collections.deque[tuple[float, memoryview]] = collections.deque()
+        self._free_at = 0.0
+        self._drain_timer: asyncio.TimerHandle | None = None
+        self._closing = False
         self._paused_by: set[str] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -291,22 +278,60 @@ class _Side(asyncio.Protocol):
         if self.peer is not None:
             self.peer.resume("peer")
 
-    def paced(self, size: int) -> None:
-        wait = self.pace.pause_after(size)
-        if wait > 0:
-            self.pause("pace")
-            self.loop.call_later(wait, self.resume, "pace")
-
     def write(self, data: bytes | memoryview) -> None:
+        """Send, no faster than the bandwidth; what must wait is queued, and the peer is not read meanwhile."""
+        rate = self.state.bytes_per_second
+        if rate <= 0 and not self._queue:
+            self._send(data)
+            return
+        step = int(min(max(rate * _PACE_SECONDS, 1 << 10), 64 << 10)) if rate > 0 else len(data)
+        view = memoryview(data)
+        now = self.loop.time()
+        for at in range(0, len(view), step):
+            piece = view[at : at + step]
+            self._free_at = max(self._free_at, now) + (len(piece) / rate if rate > 0 else 0.0)
+            if not self._queue and self._free_at - now < _PACE_SECONDS / 4:
+                self._send(piece)
+            else:
+                self._queue.append((self._free_at, piece))
+        if self._queue and self._drain_timer is None:
+            self._drain_timer = self.loop.call_at(self._queue[0][0], self._drain)
+            if self.peer is not None:
+                self.peer.pause("pace")
+
+    def _drain(self) -> None:
+        self._drain_timer = None
+        now = self.loop.time()
+        while self._queue and self._queue[0][0] <= now + _PACE_SECONDS / 4:
+            self._send(self._queue.popleft()[1])
+        if self._queue:
+            self._drain_timer = self.loop.call_at(self._queue[0][0], self._drain)
+            return
+        if self.peer is not None:
+            self.peer.resume("pace")
+        if self._closing:
+            self.close()
+
+    def _send(self, data: bytes | memoryview) -> None:
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
 
     def close(self) -> None:
-        if self.transport is not None and not self.transport.is_closing():
+        """End when everything queued is sent."""
+        self._closing = True
+        if not self._queue and self.transport is not None and not self.transport.is_closing():
             self.transport.close()
+
+    def drop_queue(self) -> None:
+        """Forget what is queued, for nobody will take it."""
+        self._queue.clear()
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
+            self._drain_timer = None
 
     def reset(self) -> None:
         """End with RST instead of FIN."""
+        self.drop_queue()
         if self.transport is not None:
             sock = self.transport.get_extra_info("socket")
             if sock is not None:
@@ -324,10 +349,10 @@ class _Server(_Side):
         self.client = client
 
     def data_received(self, data: bytes) -> None:
-        self.paced(len(data))
         self.client.answer_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.drop_queue()
         self.client.server_gone()
 
 
@@ -359,6 +384,7 @@ class _Client(_Side):
         self.state.open_connections += 1
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.drop_queue()
         self.state.open_connections -= 1
         self._exchange_ended()
         if self._timer is not None:
@@ -366,12 +392,12 @@ class _Client(_Side):
         if self._connecting is not None:
             self._connecting.cancel()
         if self.server is not None:
+            self.server.drop_queue()
             self.server.close()
 
     # -- requests
 
     def data_received(self, data: bytes) -> None:
-        self.paced(len(data))
         while data:
             if self._body is None:
                 self._head += data
@@ -410,6 +436,8 @@ class _Client(_Side):
             self._to_server(head.without(b"if-none-match", b"if-match"))
         elif kind not in ("status", "stall"):
             self._to_server(head.raw)
+        elif head.value(b"expect"):
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _pass_body(self, data: bytes) -> None:
         if self._control is not None:
@@ -621,6 +649,7 @@ class S3Proxy:
                 f"--bandwidth-mb={self._bandwidth_mb}",
             ],
             stdin=subprocess.DEVNULL,
+            preexec_fn=die_with_parent,
         )
         deadline = time.monotonic() + 30
         while not owns_port(self._process.pid, self._control_port):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.support.child import die_with_parent
 from tests.support.ports import free_ports, owns_port
 
 ACCESS_KEY = "testkey"
@@ -79,6 +80,7 @@ class Seaweed:
                 ],
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
+                preexec_fn=die_with_parent,
                 stdout=log,
                 stderr=log,
             )

@@ -9,6 +9,7 @@ a process that forks others pay once for all of them.
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -114,6 +115,8 @@ def client_context(
         common = not special and (bool(endpoint) or _COMMON_REGION.fullmatch(where) is not None)
         if not os.environ.get("AWS_DATA_PATH"):
             session.register_component("data_loader", _models(common))
+        # Nobody here looks at times, and parsing them takes a tenth of a get and most of a listing.
+        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
         return session.create_client(
             "s3",
             region_name=where,
@@ -122,6 +125,7 @@ def client_context(
             verify=False if endpoint and endpoint.startswith("http://") else None,
             config=AioConfig(
                 signature_version="s3v4",
+                user_agent="timeline",  # else built anew, twice, for each request
                 max_pool_connections=connections,
                 connect_timeout=connect_seconds,
                 read_timeout=read_seconds,
@@ -136,17 +140,35 @@ def client_context(
         raise translate(error, "reach", "", endpoint or "AWS") from error
 
 
-def stream_upload(request: Any, **_: Any) -> None:
-    """Handler of ``before-send``: hand a large body to the socket in pieces, so that the loop is not held."""
+def tune(client: Any) -> None:
+    """Make the client's uploads cost one round trip, and hold the event loop for no longer than a piece."""
+    client.meta.events.register("before-call.s3.PutObject", _without_file)
+    client.meta.events.register("before-send.s3.PutObject", _in_pieces)
+
+
+def _without_file(params: dict[str, Any], **_: Any) -> None:
+    """botocore turns bytes into a file, and asks the server's leave (100 Continue) for every file."""
+    if isinstance(params["body"], io.BytesIO):
+        params["body"] = params["body"].getvalue()
+    params["headers"].pop("Expect", None)
+
+
+def _in_pieces(request: Any, **_: Any) -> None:
     body = request.body
     if isinstance(body, (bytes, bytearray)) and len(body) > _UPLOAD_PIECE_BYTES:
-        request.body = _pieces(body)
+        request.body = _Pieces(body)
 
 
-async def _pieces(body: bytes | bytearray) -> AsyncIterator[memoryview]:
-    view = memoryview(body)
-    for at in range(0, len(view), _UPLOAD_PIECE_BYTES):
-        yield view[at : at + _UPLOAD_PIECE_BYTES]
+class _Pieces:
+    """A body in pieces, from its beginning for each attempt: aiohttp sends it again when an idle connection turns
+    out to be closed."""
+
+    def __init__(self, body: bytes | bytearray) -> None:
+        self._body = memoryview(body)
+
+    async def __aiter__(self) -> AsyncIterator[memoryview]:
+        for at in range(0, len(self._body), _UPLOAD_PIECE_BYTES):
+            yield self._body[at : at + _UPLOAD_PIECE_BYTES]
 
 
 FAILURES = (
@@ -166,6 +188,13 @@ _NO_CREDENTIALS = (
     botocore.exceptions.UnauthorizedSSOTokenError,
     botocore.exceptions.SSOError,
     botocore.exceptions.TokenRetrievalError,
+)
+_BROKEN_CONNECTIONS = (
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.HTTPClientError,
+    botocore.exceptions.IncompleteReadError,
+    aiohttp.ClientError,
+    OSError,
 )
 _REFUSED_CREDENTIALS = {
     "InvalidAccessKeyId",
@@ -236,7 +265,7 @@ def translate(error: BaseException, verb: str, key: str, where: str) -> Timeline
         )
     if isinstance(error, TimeoutError | botocore.exceptions.ReadTimeoutError):
         return Unavailable(f"{where} did not answer in time ({verb} {key})")
-    if isinstance(error, botocore.exceptions.HTTPClientError | aiohttp.ClientError | OSError):
+    if isinstance(error, _BROKEN_CONNECTIONS):
         return Unavailable(f"{where} cannot be reached or broke off ({verb} {key}): {_first_line(error)}")
     return UsageError(f"cannot {verb} {key} at {where}: {_first_line(error)}")
 

@@ -173,7 +173,7 @@ class S3Store:
                         client = await self._open.enter_async_context(made)
                     except ValueError as error:
                         raise UsageError(f"{self._where}: {error}") from error
-                    client.meta.events.register("before-send.s3.PutObject", _s3_client.stream_upload)
+                    _s3_client.tune(client)
                     self._client = client
         return self._client
 
