@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.archived_wal import FIRST, NOON, SECOND, SEGMENT_BYTES, Archive, Server
-from tests.support.wal_builder import PAGE, Built
+from tests.support.archived_wal import FIRST, NOON, SECOND, Archive, Server, canonical
+from tests.support.wal_builder import Built
 from timeline.catalog.history import History
 from timeline.catalog.target import Target
 from timeline.catalog.when import AtLsn, AtTime, BeforeRestorePoint, BeforeXid, Latest, When
@@ -112,13 +112,6 @@ async def build(steps: Sequence[Step]) -> World:
                 world.second = server.cut_back(world.fork).promote(2)
                 await archive.switch(server, Lsn(world.fork), world.second)
     return world
-
-
-def canonical(lsn: int) -> int:
-    """The end of one record and the start of the next are one moment, though a page header may lie
-    between."""
-    header = 40 if (lsn - lsn % PAGE) % SEGMENT_BYTES == 0 else 24
-    return lsn - lsn % PAGE if lsn % PAGE <= header else lsn
 
 
 def is_end(record: Built) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from tests.support.manual_clock import ManualClock
-from tests.support.wal_builder import Built, WalBuilder, commit
+from tests.support.wal_builder import PAGE, Built, WalBuilder, commit
 from timeline.catalog.branch_log import BranchLog
 from timeline.catalog.history import History
 from timeline.catalog.meta import create_store
@@ -253,3 +253,10 @@ def index_of(scanned: ScanResult) -> WalIndex:
         ),
         touches=scanned.touches,
     )
+
+
+def canonical(lsn: int) -> int:
+    """The end of one record and the start of the next are one moment, though a page header may lie
+    between."""
+    header = 40 if (lsn - lsn % PAGE) % SEGMENT_BYTES == 0 else 24
+    return lsn - lsn % PAGE if lsn % PAGE <= header else lsn
