@@ -36,6 +36,8 @@ from timeline.store.base import Store
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
+LONGEST_BUSY_PAUSE_SECONDS = 5.0
+"""While another connection uses the slot: a take-over should not have to wait long for us."""
 RECUTS = 100
 """Starting again over chunks of an earlier run, without anything durable in between, is given up after so
 many."""
@@ -129,7 +131,8 @@ class Archiver:
                 elif now - busy_since > self._config.slot_patience_seconds:
                     raise
                 run.tell(phase=Phase.WAITING, error=error.message, hint=error.hint)
-            pause = FIRST_PAUSE_SECONDS if run.moved else min(pause * 2, LONGEST_PAUSE_SECONDS)
+                longest = LONGEST_BUSY_PAUSE_SECONDS if busy_since is not None else LONGEST_PAUSE_SECONDS
+                pause = FIRST_PAUSE_SECONDS if run.moved else min(pause * 2, longest)
             await self._rest(pause * (0.5 + self._clock.random() / 2), stop)
 
     async def _rest(self, seconds: float, stop: asyncio.Event) -> None:
