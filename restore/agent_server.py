@@ -209,7 +209,8 @@ class AgentServer:
             connection.socket.close()
 
     def _retire(self) -> None:
-        """Another version of tl is installed: serve what is mounted, take nothing new, leave the name free."""
+        """Another version of tl is installed: serve what is mounted, take nothing new, leave the name
+        free."""
         if self._listener is not None:
             self._selector.unregister(self._listener)
             self._listener.close()

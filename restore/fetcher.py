@@ -12,6 +12,7 @@ NotFound at once.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -35,14 +36,17 @@ MAX_BACKGROUND = 24
 MAX_RUN_BYTES = 1 << 20
 MAX_GAP_BYTES = 32 << 10
 """Bytes nobody asked for that are read rather than making another request."""
-MEMORY_BYTES = 16 << 20
-MAX_STORING_BYTES = 32 << 20
-MAX_QUEUED_EXTENTS = 4096
-"""Background extents waiting or under way; more are refused, for read-ahead is only a help."""
+MEMORY_BYTES = 8 << 20
+AHEAD_BYTES = 16 << 20
+"""Fetched or being fetched and not asked for yet; more is refused, for read-ahead is only a help."""
+AHEAD_SECONDS = 2.0
+"""What was not asked for after so long may make room."""
+MAX_STORING_BYTES = 16 << 20
 REQUEST_SECONDS = 30.0
 """A request without an answer for this long counts as failed."""
 
 _INLINE_EXTENTS = 2
+_BOOT_WORKERS = 8
 _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
 
@@ -67,7 +71,10 @@ class Counters:
 class _Flight:
     ref: ExtentRef
     background: bool
+    """Nobody waits for it yet."""
     future: asyncio.Future[bytes]
+    counted: bool = False
+    """Its bytes are in Fetcher._ahead_bytes."""
 
 
 class Fetcher:
@@ -91,6 +98,10 @@ class Fetcher:
         self._patience_seconds = patience_seconds
         self._memory: OrderedDict[bytes, bytes] = OrderedDict()
         self._memory_bytes = 0
+        self._ahead: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()
+        """What nobody has asked for yet, and since when."""
+        self._ahead_bytes = 0
+        """Of those, and of what is being fetched in the background."""
         self._flights: dict[bytes, _Flight] = {}
         self._queue: list[_Flight] = []
         self._dispatching = False
@@ -105,6 +116,12 @@ class Fetcher:
         if raw is not None:
             self._memory.move_to_end(ref.digest)
             self.counters.memory_hits += 1
+            return raw
+        if ref.digest in self._ahead:
+            raw, _ = self._ahead.pop(ref.digest)
+            self._ahead_bytes -= len(raw)
+            self.counters.memory_hits += 1
+            self._remember(ref.digest, raw)
             return raw
         try:
             raw = self._cache.load(ref.digest, wait=False)
@@ -134,30 +151,44 @@ class Fetcher:
                 pause = await self._wait(error, pause, deadline)
 
     def prefetch(self, refs: Sequence[ExtentRef]) -> int:
-        """Begin to fetch with nobody waiting; how many were taken on. Failures are for the next reader."""
-        taken = 0
-        for ref in refs:
-            if len(self._flights) >= MAX_QUEUED_EXTENTS:
-                break
-            if ref.digest in self._memory or ref.digest in self._flights or self._cache.has(ref.digest):
+        """Begin to fetch with nobody waiting; how many of them, from the first, are here or taken on.
+
+        What fails is left for whoever needs it.
+        """
+        for number, ref in enumerate(refs):
+            digest = ref.digest
+            known = digest in self._memory or digest in self._ahead or digest in self._flights
+            if known or self._cache.has(digest):
                 continue
+            if not self._make_room(ref.raw_bytes):
+                return number
             self._flight(ref, background=True)
-            taken += 1
-        return taken
+        return len(refs)
 
     async def fetch_all(self, refs: Sequence[ExtentRef], *, max_gap_bytes: int, max_run_bytes: int) -> None:
         """Bring all of them into memory and cache in few large requests; raises what a request raised."""
-        missing = [ref for ref in refs if ref.digest not in self._flights and self.peek(ref) is None]
+        unique = {ref.digest: ref for ref in refs}
+        missing = [r for d, r in unique.items() if d not in self._flights and not self._cache.has(d)]
         flights = [self._register(ref, background=True) for ref in missing]
         runs = coalesce(flights, max_gap_bytes=max_gap_bytes, max_run_bytes=max_run_bytes)
-        try:
-            await asyncio.gather(*(self._run(run) for run in runs))
-        finally:
-            for flight in flights:
-                if not flight.future.done():
-                    self._land(flight, Unavailable("the fetch was given up"))
+        errors: list[BaseException | None] = []
         for flight in flights:
-            flight.future.result()
+            # The bytes go where they are kept; a future that is held would keep all of them in memory.
+            flight.future.add_done_callback(lambda future: errors.append(future.exception()))
+        del missing, flights
+
+        async def work() -> None:
+            while runs:
+                await self._run(runs.pop())
+
+        try:
+            await asyncio.gather(*(work() for _ in range(_BOOT_WORKERS)))
+        finally:
+            for flight in itertools.chain.from_iterable(runs):
+                self._land(flight, Unavailable("the fetch was given up"))
+        for error in errors:
+            if error is not None:
+                raise error
 
     async def in_thread(self, work: Callable[[], _T]) -> _T:
         """Run blocking or long work in the bounded pool."""
@@ -204,6 +235,9 @@ class Fetcher:
         flight = self._flights.get(ref.digest)
         if flight is None:
             flight = self._register(ref, background=background)
+            if background:
+                flight.counted = True
+                self._ahead_bytes += ref.raw_bytes
             self._queue.append(flight)
             if not self._dispatching:
                 self._dispatching = True
@@ -293,12 +327,34 @@ class Fetcher:
         return data
 
     def _land(self, flight: _Flight, outcome: bytes | TimelineError) -> None:
-        self._flights.pop(flight.ref.digest, None)
-        if isinstance(outcome, bytes):
-            self._remember(flight.ref.digest, outcome)
-            flight.future.set_result(outcome)
-        else:
+        digest = flight.ref.digest
+        if self._flights.pop(digest, None) is None:
+            return
+        if flight.counted:
+            self._ahead_bytes -= flight.ref.raw_bytes
+        if not isinstance(outcome, bytes):
             flight.future.set_exception(outcome)
+            return
+        if flight.background:
+            if self._make_room(len(outcome)):
+                self._ahead[digest] = (outcome, self._clock.monotonic())
+                self._ahead_bytes += len(outcome)
+        else:
+            self._remember(digest, outcome)
+        flight.future.set_result(outcome)
+
+    def _make_room(self, size: int) -> bool:
+        """Whether there is room for so much more of what nobody has asked for yet."""
+        oldest_allowed = self._clock.monotonic() - AHEAD_SECONDS
+        while self._ahead_bytes + size > AHEAD_BYTES:
+            if not self._ahead:
+                return False
+            digest, (raw, since) = next(iter(self._ahead.items()))
+            if since > oldest_allowed:
+                return False
+            del self._ahead[digest]
+            self._ahead_bytes -= len(raw)
+        return True
 
     def _remember(self, digest: bytes, raw: bytes) -> None:
         if digest in self._memory:

@@ -83,8 +83,19 @@ class MountOperations(pyfuse3.Operations):  # type: ignore[misc]
     supports_dot_lookup = False
     enable_writeback_cache = True
 
-    def __init__(self, tree: Tree, pool: Executor, *, uid: int, gid: int, durable: bool) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        pool: Executor,
+        *,
+        uid: int,
+        gid: int,
+        durable: bool,
+        begun: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``begun`` is called once the kernel and the mount have agreed on the session's terms."""
         super().__init__()
+        self._begun = begun
         self._tree = tree
         self._pool = pool
         self._uid = uid
@@ -95,6 +106,10 @@ class MountOperations(pyfuse3.Operations):  # type: ignore[misc]
         self._absent.st_ino = 0
         self._absent.entry_timeout = _CACHED_SECONDS
         self._entry = self._new_entry()
+
+    def init(self) -> None:
+        """Called just before the answer to the kernel's first request is sent."""
+        asyncio.get_running_loop().call_soon(self._begun)
 
     def _new_entry(self) -> Any:
         entry = pyfuse3.EntryAttributes()

@@ -51,7 +51,7 @@ THREADS = 4
 STATS_SECONDS = 1.0
 READ_AHEAD_KB = 1024
 MAX_BACKGROUND = 64
-DETACHED_SECONDS = 10.0
+DETACHED_SECONDS = 3.0
 """How long a detached mount goes on serving whoever still has files open."""
 _IDLE_WORKERS = 8
 _LOG_BYTES = 16 << 20
@@ -79,13 +79,19 @@ async def serve(spec: MountSpec, clock: Clock, ready: Ready) -> None:
         source = ExtentSource(spec.snapshot, fetcher, reload=lambda: _reload_snapshot(store, spec))
         listing = await source.listing()
         tree = Tree(listing, source.content, overlay, snapshot_mtime_ns=spec.snapshot.time * 1000)
-        operations = MountOperations(tree, pool, uid=spec.uid, gid=spec.gid, durable=spec.durable)
+        operations = MountOperations(
+            tree,
+            pool,
+            uid=spec.uid,
+            gid=spec.gid,
+            durable=spec.durable,
+            begun=lambda: _tune(spec.mountpoint),
+        )
         boot = await stack.enter_async_context(_background(_fetch_boot_set(source)))
         mount_table.detach_stale(spec.mountpoint)
         _mount(operations, spec.mountpoint)
         stats = _Stats(spec, counters, operations, boot)
         try:
-            _tune(spec.mountpoint)
             ready()
             _log.info("mounted %s on %s", spec.snapshot.id, spec.mountpoint)
             async with _background(stats.write_regularly(clock)), _stopping(spec.mountpoint, clock):
@@ -190,7 +196,7 @@ def _mount(operations: MountOperations, mountpoint: str) -> None:
 
 
 def _tune(mountpoint: str) -> None:
-    """Raise the kernel's read-ahead and number of requests in flight, where we may."""
+    """Raise the kernel's read-ahead and number of requests in flight, where we may; its own offer comes first."""
     mounted = mount_table.find(mountpoint)
     if mounted is None:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from timeline.format.extent import GROUP_BYTES
 
-MAX_WINDOW_BYTES = 16 << 20
+MAX_WINDOW_BYTES = 8 << 20
 """How far ahead of the reader at most."""
 MIN_WINDOW_BYTES = 512 << 10
 _CERTAIN_BYTES = 2 * GROUP_BYTES
@@ -43,5 +43,8 @@ class ReadAhead:
         at_end = end * GROUP_BYTES >= size
         if end - first < (1 if at_end else max(1, window // GROUP_BYTES // _STEP_PART)):
             return range(0)
-        self._ahead = end
         return range(first, end)
+
+    def taken(self, end: int) -> None:
+        """The groups before ``end`` are fetched or being fetched."""
+        self._ahead = max(self._ahead, end)

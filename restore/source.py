@@ -16,7 +16,7 @@ from restore.fetcher import Fetcher
 from restore.page_index import PageIndex, Piece
 from timeline.errors import MissingObject, NotFound, TimelineError
 from timeline.format import keys
-from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS, GROUP_BYTES
+from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS, GROUP_BYTES, ExtentRef
 from timeline.format.file_listing import FileListing, read_file_listing
 from timeline.format.log import Snapshot
 from timeline.format.manifest import FileRow, ManifestRef
@@ -156,22 +156,26 @@ class SourceFile:
             return await self._part(*spans[0])
         return b"".join(await asyncio.gather(*(self._part(*span) for span in spans)))
 
-    def read_ahead(self, groups: range) -> None:
-        """Begin to fetch these groups."""
-        refs = []
-        unknown = []
+    def read_ahead(self, groups: range) -> int:
+        """Begin to fetch these groups; the first one that was not taken on, for the time being."""
+        source = self._source
+        if self._content is not None:
+            return groups.stop
+        refs: list[ExtentRef] = []
+        ends: list[tuple[int, int]] = []
         for group in groups:
             blocks = self._blocks(group)
-            if self._content is not None or blocks <= 0:
-                return
-            pieces = self._source.index.pieces_now(self._path, group, blocks, self._born)
+            if blocks <= 0:
+                break
+            pieces = source.index.pieces_now(self._path, group, blocks, self._born)
             if pieces is None:
-                unknown.append(group)
-            else:
-                refs += [piece.ref for piece in pieces]
-        self._source.fetcher.prefetch(refs)
-        if unknown:
-            self._source.index_ahead(self._path, unknown[0], self._blocks(unknown[0]), self._born)
+                source.index_ahead(self._path, group, blocks, self._born)
+                break
+            refs += [piece.ref for piece in pieces]
+            ends.append((group, len(refs)))
+        taken = source.fetcher.prefetch(refs)
+        whole = [group for group, end in ends if end <= taken]
+        return whole[-1] + 1 if whole else groups.start
 
     def _blocks(self, group: int) -> int:
         """How many blocks of the group lie inside the file."""

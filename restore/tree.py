@@ -38,8 +38,8 @@ FIRST_OWN = 1 << 40
 class SnapshotContent(BaseContent, Protocol):
     """The content of one of the snapshot's files."""
 
-    def read_ahead(self, groups: range) -> None:
-        """Begin to fetch these groups."""
+    def read_ahead(self, groups: range) -> int:
+        """Begin to fetch these groups; the first one that was not taken on, for the time being."""
         ...
 
 
@@ -247,9 +247,10 @@ class Tree:
         content = opened.node.content
         if content is not None:
             groups = opened.ahead.note(offset, length, opened.file.size)
-            wanted = opened.file.groups_to_fetch(groups) if groups else groups
-            if wanted:
-                content.read_ahead(wanted)
+            if groups:
+                wanted = opened.file.groups_to_fetch(groups)
+                first_left = content.read_ahead(wanted) if wanted else groups.stop
+                opened.ahead.taken(groups.stop if first_left == wanted.stop else first_left)
         now = opened.file.read_now(offset, length)
         return now if now is not None else await opened.file.read(offset, length)
 
@@ -373,7 +374,7 @@ class Tree:
         except FileNotFoundError:
             target = None
         new_path = self._child_path(new_directory, new_name)
-        if target is node:
+        if target is not None and target.inode == node.inode:
             return
         if target is not None:
             self._check_replaceable(node, target, new_name, replace=replace)

@@ -35,8 +35,9 @@ class BytesContent:
         await asyncio.sleep(0)
         return self._data[offset : offset + length].ljust(length, b"\0")
 
-    def read_ahead(self, groups: range) -> None:
+    def read_ahead(self, groups: range) -> int:
         self.ahead.append(groups)
+        return groups.stop
 
 
 _loop = asyncio.new_event_loop()
