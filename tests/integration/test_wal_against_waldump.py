@@ -73,7 +73,7 @@ def capture(server: PostgresServer, *, tli: int = 1) -> RealWal:
     return RealWal(server, control.segment_bytes, Lsn(start), data, records)
 
 
-CASES = [(major, size) for major in MAJORS for size in ((1, 16, 64) if major == 15 else (1, 16))]
+CASES = [(major, size) for major in MAJORS for size in ((1, 64) if major == 15 else (1, 16))]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"pg{case[0]}-{case[1]}MB")
@@ -309,14 +309,19 @@ def test_tablespace_paths_are_blanked(real: RealWal, tmp_path_factory: pytest.Te
         path = private / segment_name(1, start, real.segment_bytes)
         path.write_bytes(segment + bytes(real.segment_bytes - len(segment)))
     hand_over(real.server, private)
-    after = dump_wal(real.server, private, real.start, real.start + len(real.data))
-    assert len(after) == len(real.records)
-    for old, new in zip(real.records, after, strict=True):
+    after = dump_wal(real.server, private, real.start, real.start + len(real.data), rmgr="Tablespace")
+    before = [record for record in real.records if record.rmgr == "Tablespace"]
+    for old, new in zip(before, after, strict=True):
         if old in creates:
             assert (new.start, new.length, new.xid) == (old.start, old.length, old.xid)
             assert re.fullmatch(r'CREATE \d+ ""', new.text)
         else:
             assert old == new
+    changed = np.flatnonzero(np.frombuffer(real.data, np.uint8) != np.frombuffer(wal, np.uint8)) + real.start
+    for old in creates:
+        last = old.start + old.length + 2 * 40
+        changed = changed[(changed < old.start) | (changed >= last)]
+    assert not len(changed)
 
 
 # --- the unusual ends and beginnings of WAL ------------------------------------------------------

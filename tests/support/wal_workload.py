@@ -27,7 +27,7 @@ def write_every_kind_of_wal(server: PostgresServer) -> None:
         _databases(server, conn)
         _messages(conn)
     server.stop()
-    server.configure({"max_connections": "60"})
+    server.configure({"max_connections": "60", "full_page_writes": "off"})
     server.start()
     with server.connect() as conn:
         _settings(server, conn)
@@ -156,10 +156,9 @@ def _messages(conn: psycopg.Connection[tuple[object, ...]]) -> None:
 
 
 def _settings(server: PostgresServer, conn: psycopg.Connection[tuple[object, ...]]) -> None:
-    for value in ("off", "on"):
-        conn.execute(f"alter system set full_page_writes = {value}")
-        conn.execute("select pg_reload_conf()")
-        conn.execute("checkpoint")
+    conn.execute("alter system set full_page_writes = on")
+    conn.execute("select pg_reload_conf()")
+    conn.execute("checkpoint")
     start, stop = (
         ("pg_backup_start", "pg_backup_stop") if server.major >= 15 else ("pg_start_backup", "pg_stop_backup")
     )

@@ -86,10 +86,12 @@ def parse_line(line: str) -> DumpedRecord:
 
 
 def dump_wal(
-    server: PostgresServer, directory: Path, start: int, end: int, *, tli: int = 1
+    server: PostgresServer, directory: Path, start: int, end: int, *, tli: int = 1, rmgr: str | None = None
 ) -> list[DumpedRecord]:
-    """The records in [start, end) of the segments in ``directory``; fails where pg_waldump fails."""
-    result = server.tool(
-        "pg_waldump", "-p", str(directory), "-t", str(tli), "-s", str(Lsn(start)), "-e", str(Lsn(end))
-    )
+    """The records in [start, end) of the segments in ``directory``; fails where pg_waldump fails.
+
+    ``rmgr``: tell only of that resource manager's (all are read and their checksums verified).
+    """
+    where = ["-p", str(directory), "-t", str(tli), "-s", str(Lsn(start)), "-e", str(Lsn(end))]
+    result = server.tool("pg_waldump", *where, *(["-r", rmgr] if rmgr else []))
     return [parse_line(line) for line in result.stdout.splitlines() if line.startswith("rmgr:")]

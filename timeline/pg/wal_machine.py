@@ -52,12 +52,14 @@ class Machine:
         state[wal_scan.LSN] = position
         state[wal_scan.CLEAN] = -1
         state[wal_scan.PREVIOUS] = -1
+        state[wal_scan.ERROR_LSN] = -1
         state[wal_scan.SEGMENT] = segment_bytes
         state[wal_scan.TLI] = tli
         state[wal_scan.MAJOR] = major or 0
         state[wal_scan.FIRST_PAGE] = offset == 0
         self.state: Matrix = state
         self._header = np.zeros(wal_scan.PAGE_HEADER_BYTES, np.uint8)
+        self._header_words = self._header.view("<u4")
         self._field = np.zeros(wal_scan.FIELD_BYTES, np.uint8)
         self._record_refs = np.zeros((wal_scan.RECORD_REFS, wal_scan.REF_COLUMNS), np.int64)
         self._main = np.zeros(wal_scan.CAPTURE_BYTES, np.uint8)
@@ -78,6 +80,7 @@ class Machine:
                 begin,
                 self.state,
                 self._header,
+                self._header_words,
                 self._field,
                 self._record_refs,
                 self._main,

@@ -63,7 +63,7 @@ OUT_COMMITS = 36
 OUT_EVENTS = 37
 OUT_BYTES = 38
 ERROR = 39
-ERROR_LSN = 40
+ERROR_LSN = 40  # -1: of the current record
 ERROR_GOT = 41
 ERROR_WANTED = 42
 STATE_SLOTS = 43
@@ -191,82 +191,77 @@ def _field_bytes(stage):
 
 
 @_inline
-def _fail(st, code, lsn, got, wanted):
-    st[ERROR] = code
-    st[ERROR_LSN] = lsn
-    st[ERROR_GOT] = got
-    st[ERROR_WANTED] = wanted
-
-
-@_inline
 def _check_page(header, page, stage, left, st):
-    """Judge a complete page header; the stage to go on with. A failure is left in the state."""
-    magic = _u16(header, 0)
-    flags = _u16(header, 2)
-    tli = _u32(header, 4)
-    address = _i64(header, 8)
-    rest = _u32(header, 16)
+    """Judge a complete page header, given as 32-bit words; the stage to go on with.
+
+    A failure is left in the state.
+    """
+    magic = np.int64(header[0]) & 0xFFFF
+    flags = np.int64(header[0]) >> 16
+    tli = np.int64(header[1])
+    address = np.int64(header[2]) | np.int64(header[3]) << 32
+    rest = np.int64(header[4])
     between = stage == LENGTH
     first = st[FIRST_PAGE] != 0
     st[FIRST_PAGE] = 0
-    if between and magic == 0 and flags == 0 and tli == 0 and address == 0 and rest == 0:
+    if between and magic | flags | tli | address | rest == 0:
         if st[CLEAN] < 0:
             st[CLEAN] = page
         return ZERO
     major = _major_of(magic)
+    at_segment = page & (st[SEGMENT] - 1) == 0
+    continued = flags & 0x01 != 0
+    overwritten = flags & 0x08 != 0 and not between
+    error = 0
+    got = np.int64(0)
+    wanted = np.int64(0)
     if major == 0:
-        _fail(st, BAD_MAGIC, page, magic, 0)
-        return stage
-    if st[MAJOR] != 0 and st[MAJOR] != major:
-        _fail(st, BAD_MAJOR, page, major, st[MAJOR])
+        error, got = BAD_MAGIC, magic
+    elif st[MAJOR] != 0 and st[MAJOR] != major:
+        error, got, wanted = BAD_MAJOR, major, st[MAJOR]
+    elif flags > 0x0F or (flags & 0x02 != 0) != at_segment:
+        error, got = BAD_FLAGS, flags
+    elif address != page:
+        error, got, wanted = BAD_ADDRESS, address, page
+    elif tli > st[TLI]:
+        # Smaller ones are right: the segment in which a tli begins repeats the ancestor's pages.
+        error, got, wanted = BAD_TLI, tli, st[TLI]
+    elif tli < st[PAGE_TLI]:
+        error, got, wanted = TLI_BACKWARDS, tli, st[PAGE_TLI]
+    elif at_segment and np.int64(header[8]) != st[SEGMENT]:
+        error, got, wanted = BAD_SEGMENT_SIZE, np.int64(header[8]), st[SEGMENT]
+    elif at_segment and np.int64(header[9]) != 8192:
+        error, got, wanted = BAD_PAGE_SIZE, np.int64(header[9]), np.int64(8192)
+    elif between:
+        if continued and not (first and rest > 0):
+            error, got = BAD_CONTINUATION, rest
+    elif not overwritten:
+        if not continued:
+            error, wanted = NO_CONTINUATION, left
+        elif rest != left:
+            error, got, wanted = BAD_CONTINUATION, rest, left
+    if error != 0:
+        st[ERROR] = error
+        st[ERROR_LSN] = page
+        st[ERROR_GOT] = got
+        st[ERROR_WANTED] = wanted
         return stage
     st[MAJOR] = major
-    at_segment = page & (st[SEGMENT] - 1) == 0
-    if flags & ~0x0F != 0 or ((flags & 0x02) != 0) != at_segment:
-        _fail(st, BAD_FLAGS, page, flags, 0)
-        return stage
-    if address != page:
-        _fail(st, BAD_ADDRESS, page, address, page)
-        return stage
-    # The segment in which a tli begins repeats the ancestor's pages, with the ancestor's tli.
-    if tli > st[TLI]:
-        _fail(st, BAD_TLI, page, tli, st[TLI])
-        return stage
-    if tli < st[PAGE_TLI]:
-        _fail(st, TLI_BACKWARDS, page, tli, st[PAGE_TLI])
-        return stage
     st[PAGE_TLI] = tli
     if at_segment:
-        st[SYSTEM_ID] = _i64(header, 24)
-        if _u32(header, 32) != st[SEGMENT]:
-            _fail(st, BAD_SEGMENT_SIZE, page, _u32(header, 32), st[SEGMENT])
-            return stage
-        if _u32(header, 36) != 8192:
-            _fail(st, BAD_PAGE_SIZE, page, _u32(header, 36), 8192)
-            return stage
-    continued = (flags & 0x01) != 0
-    if between:
-        if not continued:
-            st[CLEAN] = -1
-            return LENGTH
-        if first and rest > 0:
-            st[CLEAN] = page
-            return FOREIGN
-        _fail(st, BAD_CONTINUATION, page, rest, 0)
-        return stage
-    if (flags & 0x08) != 0:
-        # The server crashed before the rest was flushed, and wrote another record here instead.
+        st[SYSTEM_ID] = np.int64(header[6]) | np.int64(header[7]) << 32
+    if between and continued:
+        st[CLEAN] = page
+        return FOREIGN
+    if between or overwritten:
+        # Overwritten: the server crashed before the rest was flushed, and wrote another record here instead.
         st[CLEAN] = -1
         return LENGTH
-    if not continued:
-        _fail(st, NO_CONTINUATION, page, 0, left)
-    elif rest != left:
-        _fail(st, BAD_CONTINUATION, page, rest, left)
     return stage
 
 
 @_kernel
-def scan(data, begin, st, header, field, record_refs, main, refs, commits, events, event_bytes):
+def scan(data, begin, st, header, header_words, field, record_refs, main, refs, commits, events, event_bytes):
     """Run the machine over ``data[begin:]``: (index where it stopped, DONE | FULL | FAILED).
 
     FULL: an output has no room for the record just completed; drain the outputs and call again.
@@ -324,8 +319,9 @@ def scan(data, begin, st, header, field, record_refs, main, refs, commits, event
                     st[NEXT] = X_NEXT
                     stage = SKIP
                     if left < 8:
-                        _fail(st, BAD_RECORD, st[RECORD], 8, left)
-                        status = FAILED
+                        st[ERROR] = BAD_RECORD
+                        st[ERROR_GOT] = 8
+                        st[ERROR_WANTED] = left
                         break
                 elif section == 1 and xinfo & 0x02 != 0:
                     item = 4
@@ -395,10 +391,11 @@ def scan(data, begin, st, header, field, record_refs, main, refs, commits, event
                 if stage == ZERO:
                     for j in range(i, i + k):
                         if data[j] != 0:
-                            _fail(st, NOT_ZERO, lsn + j - i, np.int64(data[j]), 0)
+                            st[ERROR] = NOT_ZERO
+                            st[ERROR_LSN] = lsn + j - i
+                            st[ERROR_GOT] = data[j]
                             break
                     if st[ERROR] != 0:
-                        status = FAILED
                         break
                 i += k
                 lsn += k
@@ -415,12 +412,11 @@ def scan(data, begin, st, header, field, record_refs, main, refs, commits, event
                 span = i
                 if off + k == size:
                     before = stage
-                    stage = _check_page(header, lsn - size, stage, left, st)
+                    stage = _check_page(header_words, lsn - size, stage, left, st)
                     if st[ERROR] != 0:
-                        status = FAILED
                         break
                     if stage == FOREIGN and before == LENGTH:
-                        left = _u32(header, 16)
+                        left = np.int64(header_words[4])
                     elif stage == LENGTH:
                         have = 0
                         nrefs = 0
@@ -429,8 +425,9 @@ def scan(data, begin, st, header, field, record_refs, main, refs, commits, event
         if stage < SKIP:
             need = _field_bytes(stage)
             if stage > HEAD and need - have > left:
-                _fail(st, BAD_RECORD, st[RECORD], need - have, left)
-                status = FAILED
+                st[ERROR] = BAD_RECORD
+                st[ERROR_GOT] = need - have
+                st[ERROR_WANTED] = left
                 break
             if have == 0 and span - i >= need:
                 src = data
@@ -461,8 +458,9 @@ def scan(data, begin, st, header, field, record_refs, main, refs, commits, event
                     span = i
                     continue
                 if total < 24 or total > MAX_RECORD_BYTES:
-                    _fail(st, BAD_LENGTH, lsn - 4, total, 24)
-                    status = FAILED
+                    st[ERROR] = BAD_LENGTH
+                    st[ERROR_GOT] = total
+                    st[ERROR_WANTED] = 24
                     break
                 left = total - 4
                 stage = HEAD
@@ -481,8 +479,9 @@ def scan(data, begin, st, header, field, record_refs, main, refs, commits, event
                 elif ident == 252:
                     stage = TOP_XID
                 else:
-                    _fail(st, BAD_BLOCK_ID, st[RECORD], ident, st[LAST_ID])
-                    status = FAILED
+                    st[ERROR] = BAD_BLOCK_ID
+                    st[ERROR_GOT] = ident
+                    st[ERROR_WANTED] = st[LAST_ID]
                     break
                 continue
             if stage == BLOCK:
@@ -533,8 +532,9 @@ def scan(data, begin, st, header, field, record_refs, main, refs, commits, event
                 st[NEXT] = X_NEXT
                 stage = SKIP
                 if st[UNTIL] < 0:
-                    _fail(st, BAD_RECORD, st[RECORD], left - st[UNTIL], left)
-                    status = FAILED
+                    st[ERROR] = BAD_RECORD
+                    st[ERROR_GOT] = left - st[UNTIL]
+                    st[ERROR_WANTED] = left
                     break
                 continue
             if stage == X_TWOPHASE:
@@ -550,12 +550,13 @@ def scan(data, begin, st, header, field, record_refs, main, refs, commits, event
                 st[RMID] = rmid
                 # The chain of records proves that none was missed, and that this is one.
                 if previous >= st[RECORD] or (st[PREVIOUS] >= 0 and previous != st[PREVIOUS]):
-                    _fail(st, BAD_PREVIOUS, st[RECORD], previous, st[PREVIOUS])
-                    status = FAILED
+                    st[ERROR] = BAD_PREVIOUS
+                    st[ERROR_GOT] = previous
+                    st[ERROR_WANTED] = st[PREVIOUS]
                     break
                 if rmid > 21 and rmid < 128:
-                    _fail(st, BAD_RMID, st[RECORD], rmid, 0)
-                    status = FAILED
+                    st[ERROR] = BAD_RMID
+                    st[ERROR_GOT] = rmid
                     break
                 announced = 0
                 st[MAIN] = 0
@@ -569,8 +570,8 @@ def scan(data, begin, st, header, field, record_refs, main, refs, commits, event
                     st[REL] = _u32(src, p + 8)
                     p += 12
                 elif st[SPC] < 0:
-                    _fail(st, BAD_RECORD, st[RECORD], 0, left)
-                    status = FAILED
+                    st[ERROR] = BAD_RECORD
+                    st[ERROR_WANTED] = left
                     break
                 fork_flags = st[FORK_FLAGS]
                 record_refs[nrefs, 0] = st[SPC]
@@ -591,8 +592,9 @@ def scan(data, begin, st, header, field, record_refs, main, refs, commits, event
                 stage = ID
                 continue
             if left != announced:
-                _fail(st, BAD_RECORD, st[RECORD], announced, left)
-                status = FAILED
+                st[ERROR] = BAD_RECORD
+                st[ERROR_GOT] = announced
+                st[ERROR_WANTED] = left
                 break
             st[UNTIL] = st[MAIN]
             if _ends_transaction(st[RMID], st[INFO]):
@@ -621,6 +623,10 @@ def scan(data, begin, st, header, field, record_refs, main, refs, commits, event
             k = min((-lsn) & 7, span - i)
             i += k
             lsn += k
+    if st[ERROR] != 0:
+        status = FAILED
+        if st[ERROR_LSN] < 0:
+            st[ERROR_LSN] = st[RECORD]
     st[LSN] = lsn
     st[STAGE] = stage
     st[HAVE] = have

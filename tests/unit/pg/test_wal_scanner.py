@@ -364,7 +364,7 @@ def built_wal(draw: st.DrawFn) -> WalBuilder:
 
 
 @given(built_wal(), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_any_split_gives_the_same_result(wal: WalBuilder, data: st.DataObject) -> None:
     """EDGE 13: messages are cut anywhere."""
     whole = scan(wal)
@@ -381,7 +381,7 @@ def test_any_split_gives_the_same_result(wal: WalBuilder, data: st.DataObject) -
 
 
 @given(built_wal(), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_pending_is_where_a_new_scanner_begins(wal: WalBuilder, data: st.DataObject) -> None:
     """EDGE 14: back at any byte, read again from ``pending``: nothing is lost or told twice."""
     whole = scan(wal)
