@@ -306,10 +306,13 @@ def _postmaster(branch: LocalBranch) -> Postmaster | None:
 
 
 def _answers(mountpoint: Path) -> bool:
-    """Whether the mount there is alive; a dead one fails at once, with ENOTCONN."""
+    """Whether the mount there is alive; a dead one fails at once, with ENOTCONN.
+
+    Asked for what the kernel keeps no copy of: names and attributes outlive the mount in its cache.
+    """
     if mount_table.find(mountpoint) is None:
         return False
     with contextlib.suppress(OSError):
-        os.stat(mountpoint / "global")
+        os.statvfs(mountpoint)
         return True
     return False

@@ -301,6 +301,7 @@ def test_failures_leave_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_damaged_pack_is_told_and_leaves_nothing(bench: Bench) -> None:
     """P5."""
+    bench.archived.position()
     hurt = bench.root / "hurt"
     shutil.copytree(bench.archived.url, hurt)
     for pack in (hurt / "packs").rglob("*"):
