@@ -22,6 +22,9 @@ class Moment:
     step: str
     lsn: str
     digest: dict[str, str]
+    sequences: dict[str, int]
+    """Last value of every sequence of database postgres. Recovery may leave a sequence up to 32 values ahead: that is how
+    far Postgres logs it in advance (SEQ_LOG_VALS, src/backend/commands/sequence.c)."""
 
 
 def server_digest(connect: Callable[[str], psycopg.Connection[tuple[object, ...]]]) -> dict[str, str]:
@@ -68,16 +71,19 @@ def _database_parts(conn: psycopg.Connection[tuple[object, ...]]) -> Iterator[tu
     relations = conn.execute(
         "select c.oid::regclass::text, c.relkind from pg_class c join pg_namespace n on n.oid = c.relnamespace"
         " where n.nspname not in ('pg_catalog', 'information_schema', 'pg_toast')"
-        " and c.relkind in ('r', 'm', 'S') and c.relpersistence = 'p' order by 1"
+        " and c.relkind in ('r', 'm') and c.relpersistence = 'p' order by 1"
     ).fetchall()
-    for name, kind in relations:
-        if kind == "S":
-            query = f"select last_value, is_called from {name}"
-        else:
-            query = (
-                f"select count(*), md5(coalesce(string_agg(t::text, '|' order by t::text), '')) from {name} t"
-            )
+    for name, _ in relations:
+        query = f"select count(*), md5(coalesce(string_agg(t::text, '|' order by t::text), '')) from {name} t"
         yield f"relation/{name}", repr(conn.execute(query).fetchall())  # type: ignore[call-overload]
+
+
+def sequence_values(conn: psycopg.Connection[tuple[object, ...]]) -> dict[str, int]:
+    """Last value of every sequence of a database."""
+    rows = conn.execute(
+        "select schemaname || '.' || sequencename, coalesce(last_value, 0) from pg_sequences"
+    ).fetchall()
+    return {str(name): int(str(value)) for name, value in rows}
 
 
 def prepare(server: PostgresServer) -> None:
@@ -228,6 +234,8 @@ def record_moments(server: PostgresServer, tablespace: Path) -> list[Moment]:
     for name, step in steps(server, tablespace):
         step()
         lsn = server.value("select pg_current_wal_insert_lsn()")
-        moments.append(Moment(name, lsn, server_digest(lambda dbname: server.connect(dbname))))
+        digest = server_digest(lambda dbname: server.connect(dbname))
+        with server.connect() as conn:
+            moments.append(Moment(name, lsn, digest, sequence_values(conn)))
     server.sql("insert into account values (60000)", "checkpoint")
     return moments
