@@ -34,6 +34,8 @@ _LITTER_SECONDS = 3600
 _PAUSE_SECONDS = 30.0
 _FREE_CHECK_BYTES = 8 << 20
 _MAX_ENTRY_BYTES = 16 << 20
+PART_ENTRY_BYTES = 128 << 10
+_NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
 
 
 class WouldBlock(Exception):
@@ -41,7 +43,7 @@ class WouldBlock(Exception):
 
 
 class DiskCache:
-    """The cache in one directory, bounded to ``bound_bytes`` (0: no cache). All methods are thread-safe."""
+    """The cache in one directory, bounded to ``bound_bytes`` (0: no cache). Methods are thread-safe, but ``load_part``."""
 
     def __init__(self, directory: Path | str | None, bound_bytes: int, clock: Clock) -> None:
         self._clock = clock
@@ -52,6 +54,7 @@ class DiskCache:
         self._paused_until = 0.0
         self._since_free_check = _FREE_CHECK_BYTES
         self._serial = 0
+        self._part = bytearray(PART_ENTRY_BYTES)
         if directory is not None and bound_bytes > 0:
             self._open(Path(directory))
 
@@ -60,33 +63,47 @@ class DiskCache:
         """Whether there is a cache at all."""
         return bool(self._root)
 
-    def load(self, digest: bytes, *, wait: bool = True) -> bytes | None:
-        """The bytes with that BLAKE3, verified; ``None``: not here.
-
-        ``wait=False``: raises WouldBlock when the bytes would have to be read from the disk.
-        """
-        if not self._root:
-            return None
-        path = self._path(digest)
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+    def load(self, digest: bytes) -> bytes | None:
+        """The bytes with that BLAKE3, verified; ``None``: not here. May wait for the disk."""
+        fd = self._open_entry(digest)
+        if fd is None:
             return None
         try:
-            info = os.fstat(fd)
-            data = self._read(fd, info.st_size, wait=wait)
-            if data is not None and self._clock.now() / 1e6 - info.st_mtime > _RENEW_SECONDS:
-                with contextlib.suppress(OSError):
-                    os.utime(fd)
+            size = os.fstat(fd).st_size
+            buffer = bytearray(size) if 0 < size <= _MAX_ENTRY_BYTES else bytearray()
+            complete = os.readv(fd, [buffer]) == size
+            if complete and digest_of(buffer) == digest:
+                self._renew(fd)
+                return bytes(buffer)
         except OSError:
             return None
         finally:
             os.close(fd)
-        if data is None or digest_of(data) != digest:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+        self._remove(digest)
+        return None
+
+    def load_part(self, digest: bytes, start: int, stop: int) -> bytes | None:
+        """Bytes [start, stop) of an entry of at most PART_ENTRY_BYTES, all of which is verified; ``None``: not here.
+
+        Never waits for the disk: raises WouldBlock instead. Not thread-safe (it verifies in a buffer of its
+        own, for making one of that size costs as much as all the rest).
+        """
+        fd = self._open_entry(digest)
+        if fd is None:
             return None
-        return data
+        try:
+            size = os.preadv(fd, [self._part], 0, _NOWAIT)
+            view = memoryview(self._part)[:size]
+            if digest_of(view) == digest:
+                self._renew(fd)
+                return bytes(view[start:stop])
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                return None
+        finally:
+            os.close(fd)
+        # Damaged, or only its beginning was in memory: whoever waits for the disk finds out.
+        raise WouldBlock
 
     def has(self, digest: bytes) -> bool:
         """Whether there is an entry, good or not."""
@@ -130,24 +147,22 @@ class DiskCache:
         name = digest.hex()
         return f"{self._root}/{name[:2]}/{name[2:]}"
 
-    @staticmethod
-    def _read(fd: int, size: int, *, wait: bool) -> bytes | None:
-        """The whole file; ``None`` when it is not what it says."""
-        if not 0 < size <= _MAX_ENTRY_BYTES:
+    def _open_entry(self, digest: bytes) -> int | None:
+        if not self._root:
             return None
-        buffer = bytearray(size)
-        if not wait:
-            try:
-                if os.preadv(fd, [buffer], 0, os.RWF_NOWAIT) == size:
-                    return bytes(buffer)
-            except OSError as error:
-                if error.errno == errno.EOPNOTSUPP:
-                    return os.read(fd, size)
-                if error.errno != errno.EAGAIN:
-                    raise
-            raise WouldBlock
-        count = os.readv(fd, [buffer])
-        return bytes(buffer) if count == size else None
+        try:
+            return os.open(self._path(digest), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+
+    def _renew(self, fd: int) -> None:
+        if self._clock.now() / 1e6 - os.fstat(fd).st_mtime > _RENEW_SECONDS:
+            with contextlib.suppress(OSError):
+                os.utime(fd)
+
+    def _remove(self, digest: bytes) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._path(digest))
 
     def _insert(self, path: str, data: bytes | memoryview) -> None:
         self._serial += 1

@@ -110,27 +110,24 @@ class Fetcher:
         self._storing_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def peek(self, ref: ExtentRef) -> bytes | None:
-        """The extent, if it can be had without waiting."""
+    def peek(self, ref: ExtentRef, start: int, stop: int) -> bytes | None:
+        """Bytes [start, stop) of the extent, fewer at its end, if they can be had without waiting."""
         raw = self._memory.get(ref.digest)
         if raw is not None:
             self._memory.move_to_end(ref.digest)
-            self.counters.memory_hits += 1
-            return raw
-        if ref.digest in self._ahead:
+        elif ref.digest in self._ahead:
             raw, _ = self._ahead.pop(ref.digest)
             self._ahead_bytes -= len(raw)
-            self.counters.memory_hits += 1
             self._remember(ref.digest, raw)
-            return raw
+        if raw is not None:
+            self.counters.memory_hits += 1
+            return raw if start == 0 and stop >= len(raw) else raw[start:stop]
         try:
-            raw = self._cache.load(ref.digest, wait=False)
+            part = self._cache.load_part(ref.digest, start, stop)
         except WouldBlock:
             return None
-        if raw is not None:
-            self.counters.disk_hits += 1
-            self._remember(ref.digest, raw)
-        return raw
+        self.counters.disk_hits += part is not None
+        return part
 
     async def fetch(self, ref: ExtentRef) -> bytes:
         """The extent; raises Unavailable, DamagedStore, NotFound."""
@@ -138,7 +135,7 @@ class Fetcher:
         pause = _FIRST_PAUSE_SECONDS
         damaged = False
         while True:
-            raw = self.peek(ref)
+            raw = self.peek(ref, 0, ref.raw_bytes)
             if raw is not None:
                 return raw
             try:

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import pyfuse3
-import pyfuse3.asyncio
 
-from restore import mount_table
+from restore import fuse_loop, mount_table
 from restore.cache import DiskCache
 from restore.fetcher import Counters, Fetcher
 from restore.mount import MountOperations
@@ -181,7 +180,7 @@ async def _reload_snapshot(store: Store, spec: MountSpec) -> Snapshot | None:
 
 
 def _mount(operations: MountOperations, mountpoint: str) -> None:
-    pyfuse3.asyncio.enable()
+    fuse_loop.enable()
     options = {"default_permissions", "fsname=tl", "subtype=tl", "nosuid", "nodev"}
     if os.geteuid() == 0:
         # Postgres runs as somebody else; the root directory's mode 0700 keeps all others out.

@@ -186,13 +186,13 @@ class SourceFile:
         pieces = source.index.pieces_now(self._path, group, self._blocks(group), self._born)
         if pieces is None:
             return None
-        held = []
-        for piece in _covering(pieces, group, start, stop):
-            raw = source.fetcher.peek(piece.ref)
-            if raw is None:
+        parts = []
+        for piece, at, first, last in _inside(pieces, group, start, stop):
+            part = source.fetcher.peek(piece.ref, first - at, last - at)
+            if part is None:
                 return None
-            held.append((piece, raw))
-        return _cut(held, group, start, stop)
+            parts.append((first, part))
+        return _joined(parts, start, stop)
 
     async def _part(self, group: int, start: int, stop: int) -> bytes:
         now = self._part_now(group, start, stop)
@@ -201,9 +201,13 @@ class SourceFile:
 
         async def attempt() -> bytes:
             pieces = await self._source.index.pieces(self._path, group, self._blocks(group), self._born)
-            wanted = _covering(pieces, group, start, stop)
-            raws = await asyncio.gather(*(self._source.fetcher.fetch(piece.ref) for piece in wanted))
-            return _cut(list(zip(wanted, raws, strict=True)), group, start, stop)
+            wanted = _inside(pieces, group, start, stop)
+            raws = await asyncio.gather(*(self._source.fetcher.fetch(piece.ref) for piece, *_ in wanted))
+            parts = [
+                (first, raw[first - at : last - at])
+                for (_, at, first, last), raw in zip(wanted, raws, strict=True)
+            ]
+            return _joined(parts, start, stop)
 
         return await self._source.with_reload(attempt)
 
@@ -217,31 +221,25 @@ def _groups(offset: int, end: int) -> Iterator[tuple[int, int, int]]:
         offset = stop
 
 
-def _covering(pieces: tuple[Piece, ...], group: int, start: int, stop: int) -> list[Piece]:
-    """The pieces that reach into [start, stop) of the file."""
-    first = start - group * GROUP_BYTES
-    last = stop - group * GROUP_BYTES
-    return [
-        piece
-        for piece in pieces
-        if piece.first_block * BLOCK_BYTES < last and first < (piece.first_block + piece.blocks) * BLOCK_BYTES
-    ]
-
-
-def _cut(held: list[tuple[Piece, bytes]], group: int, start: int, stop: int) -> bytes:
-    """[start, stop) of the file out of the pieces' extents; what none of them holds is zeros."""
+def _inside(
+    pieces: tuple[Piece, ...], group: int, start: int, stop: int
+) -> list[tuple[Piece, int, int, int]]:
+    """What of [start, stop) of the file the pieces give: (piece, where its extent begins, first, last)."""
     origin = group * GROUP_BYTES
-    if len(held) == 1:
-        piece, raw = held[0]
-        at = origin + piece.ref.first_block * BLOCK_BYTES
-        inside = origin + piece.first_block * BLOCK_BYTES <= start
-        if inside and stop <= min(origin + (piece.first_block + piece.blocks) * BLOCK_BYTES, at + len(raw)):
-            return raw if start == at and stop == at + len(raw) else raw[start - at : stop - at]
-    whole = bytearray(stop - start)
-    for piece, raw in held:
-        at = origin + piece.ref.first_block * BLOCK_BYTES
+    found = []
+    for piece in pieces:
         first = max(start, origin + piece.first_block * BLOCK_BYTES)
-        last = min(stop, origin + (piece.first_block + piece.blocks) * BLOCK_BYTES, at + len(raw))
+        last = min(stop, origin + (piece.first_block + piece.blocks) * BLOCK_BYTES)
         if first < last:
-            whole[first - start : last - start] = raw[first - at : last - at]
+            found.append((piece, origin + piece.ref.first_block * BLOCK_BYTES, first, last))
+    return found
+
+
+def _joined(parts: list[tuple[int, bytes]], start: int, stop: int) -> bytes:
+    """[start, stop) out of its parts; what none of them holds is zeros."""
+    if len(parts) == 1 and parts[0][0] == start and len(parts[0][1]) == stop - start:
+        return parts[0][1]
+    whole = bytearray(stop - start)
+    for first, part in parts:
+        whole[first - start : first - start + len(part)] = part
     return bytes(whole)

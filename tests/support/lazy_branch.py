@@ -27,7 +27,7 @@ fsync = on
 synchronous_commit = off
 recovery_init_sync_method = syncfs
 listen_addresses = ''
-shared_buffers = 16MB
+shared_buffers = 32MB
 autovacuum = off
 log_min_messages = warning
 """
