@@ -100,8 +100,11 @@ def read_clusters(path: Path) -> tuple[Cluster, ...]:
     for key in document:
         if key != "cluster":
             raise UsageError(f"{path}: unknown key {key!r}", hint="clusters are tables [cluster.NAME]")
+    tables = document.get("cluster", {})
+    if not isinstance(tables, dict):
+        raise UsageError(f"{path}: 'cluster' is not a table", hint="clusters are tables [cluster.NAME]")
     clusters = []
-    for name, body in document.get("cluster", {}).items():
+    for name, body in tables.items():
         if not isinstance(body, dict):
             raise UsageError(f"{path}: cluster.{name} is not a table")
         for key, value in body.items():
