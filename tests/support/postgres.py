@@ -87,7 +87,9 @@ class PostgresServer:
         env["TZ"] = "UTC"
         return env
 
-    def tool(self, name: str, *args: str, check: bool = True, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    def tool(
+        self, name: str, *args: str, check: bool = True, **kwargs: object
+    ) -> subprocess.CompletedProcess[str]:
         """Run one of the server's programs as the server's user; output is captured."""
         as_user: dict[str, object] = {}
         if os.geteuid() == 0:
@@ -116,7 +118,20 @@ class PostgresServer:
 
     def initdb(self, *args: str, settings: Mapping[str, str] | None = None) -> None:
         """Make the cluster: superuser ``postgres``, trust on the socket and loopback, UTF-8, locale C."""
-        self.tool("initdb", "-D", str(self.data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-N", *args)
+        self.tool(
+            "initdb",
+            "-D",
+            str(self.data),
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--locale=C",
+            "-N",
+            *args,
+        )
         self.configure(
             {
                 "listen_addresses": "'127.0.0.1'",
@@ -170,7 +185,9 @@ class PostgresServer:
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            left = subprocess.run(["pgrep", "-f", str(self.data)], capture_output=True, text=True, check=False)
+            left = subprocess.run(
+                ["pgrep", "-f", str(self.data)], capture_output=True, text=True, check=False
+            )
             if not left.stdout.strip():
                 break
             time.sleep(0.05)
@@ -195,7 +212,7 @@ class PostgresServer:
         rows: list[tuple[object, ...]] = []
         with self.connect(dbname) as conn:
             for statement in statements:
-                cursor = conn.execute(statement)  # type: ignore[arg-type]
+                cursor = conn.execute(statement)
                 rows = cursor.fetchall() if cursor.description else []
         return rows
 

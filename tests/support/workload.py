@@ -44,7 +44,7 @@ def server_digest(connect: Callable[[str], psycopg.Connection[tuple[object, ...]
             ("tablespaces", "select spcname from pg_tablespace order by 1"),
             ("prepared", "select gid, database from pg_prepared_xacts order by 1"),
         ):
-            digest[part] = repr(conn.execute(query).fetchall())  # type: ignore[call-overload]
+            digest[part] = repr(conn.execute(query).fetchall())
     for name in databases:
         with connect(name) as conn:
             for part, text in _database_parts(conn):
@@ -75,7 +75,7 @@ def _database_parts(conn: psycopg.Connection[tuple[object, ...]]) -> Iterator[tu
     ).fetchall()
     for name, _ in relations:
         query = f"select count(*), md5(coalesce(string_agg(t::text, '|' order by t::text), '')) from {name} t"
-        yield f"relation/{name}", repr(conn.execute(query).fetchall())  # type: ignore[call-overload]
+        yield f"relation/{name}", repr(conn.execute(query).fetchall())
 
 
 def sequence_values(conn: psycopg.Connection[tuple[object, ...]]) -> dict[str, int]:
@@ -123,7 +123,7 @@ def steps(server: PostgresServer, tablespace: Path) -> Iterator[tuple[str, Calla
         def go() -> None:
             with psycopg.connect(server.conninfo) as conn:
                 for statement in statements:
-                    conn.execute(statement)  # type: ignore[call-overload]
+                    conn.execute(statement)
 
         return go
 
@@ -207,8 +207,8 @@ def transaction_prepared(server: PostgresServer, gid: str, statement: str) -> Ca
     def go() -> None:
         with server.connect() as conn:
             conn.execute("begin")
-            conn.execute(statement)  # type: ignore[call-overload]
-            conn.execute(f"prepare transaction '{gid}'")  # type: ignore[call-overload]
+            conn.execute(statement)
+            conn.execute(f"prepare transaction '{gid}'")
 
     return go
 
