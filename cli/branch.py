@@ -161,9 +161,13 @@ def branch_command(
 
     Without a NAME one is generated, and the branch lives for 24 hours.
     """
-    from restore.branch_request import BranchRequest, Listen, StoreAddress
+    from restore.warm import warm_up
 
     url = settings.need_store()
+    if mode != "copy":
+        warm_up(os.environ)
+    from restore.branch_request import BranchRequest, Listen, StoreAddress
+
     branches = host_branches()
 
     async def make() -> BranchResult:

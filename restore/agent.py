@@ -132,6 +132,11 @@ def unregister(state: Path, branch_id: str) -> None:
         _ask(state, {"do": "unregister", "branch": branch_id}, ANSWER_SECONDS)
 
 
+def prepare(state: Path) -> int:
+    """Start an agent if there is none: for callers who will mount in a moment; its pid."""
+    return int(_ask_started(state, {"do": "ping"}, ANSWER_SECONDS)["pid"])
+
+
 def ping(state: Path) -> int | None:
     """Pid of the agent, ``None`` when there is none."""
     try:

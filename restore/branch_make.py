@@ -30,6 +30,7 @@ from restore.data_files import PlainDirectory, configure, lay_out
 from restore.eager import Counters, read_listing, write_control, write_files
 from restore.host import Host
 from restore.host_support import host_support
+from restore.icu_memory import IcuMemory
 from restore.isolation import Endpoint, isolate
 from restore.lazy_data import make_overlay, mount_data
 from restore.lazy_host import lazy_obstacle
@@ -143,7 +144,9 @@ class BranchMaker:
         check_promotion(self.data, wal, plan)
         server = self._server
         endpoint = Endpoint(server.sockets, server.port, server.superuser)
-        self._warnings += await isolate(self.data, endpoint, binaries, incarnation)
+        self._warnings += await isolate(
+            self.data, endpoint, binaries, incarnation, IcuMemory(self._host.state)
+        )
         if self.request.listen is not None:
             postmaster = await self._listen(instance, postmaster)
         self._note(postmaster)
@@ -245,7 +248,7 @@ class BranchMaker:
         starting = launch(instance, options=options)
         self._note(starting.postmaster)
         prefetcher = None
-        if self.branch.mode == LAZY and plan.replayed_bytes > PREFETCH_BYTES:
+        if self.branch.mode == LAZY and wants_prefetch(self.request.store.url, plan.replayed_bytes):
             prefetcher = Prefetcher.start(plan, self._directory, self.data)
         syncing = asyncio.ensure_future(asyncio.to_thread(self._sync))
         try:
@@ -393,6 +396,11 @@ def check_room(directory: Path, size_bytes: int) -> None:
 def ready_seconds(replayed_bytes: int) -> float:
     """How long a start with so much WAL to replay may take."""
     return _READY_SECONDS + replayed_bytes / _REPLAY_BYTES_PER_SECOND
+
+
+def wants_prefetch(url: str, replayed_bytes: int) -> bool:
+    """Whether fetching ahead of replay pays: a store on this host answers faster than we can ask."""
+    return url.startswith("s3:") and replayed_bytes > PREFETCH_BYTES
 
 
 def live_directory(data: Path, host: Host, branch: LocalBranch) -> PlainDirectory:

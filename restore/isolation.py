@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from restore.binaries import Binaries
+from restore.icu_memory import IcuMemory
 from timeline.errors import CheckFailed, TimelineError, Unavailable, UsageError
 from timeline.format.log import Incarnation
 
@@ -57,6 +58,12 @@ from (select datname, datcollversion, pg_catalog.pg_database_collation_actual_ve
       from pg_catalog.pg_database where datallowconn and datcollversion is not null) compared
 where datcollversion <> here;
 """
+_ICU = """
+select jsonb_agg(version) from (
+    select max(pg_catalog.pg_collation_actual_version(oid)) as version
+    from pg_catalog.pg_collation where collprovider = 'i' and collversion is not null) asked;
+"""
+"""The very question that the archiver asked the source."""
 _DATABASES = """
 select coalesce(jsonb_agg(datname order by datname), '[]')
 from pg_catalog.pg_database where datallowconn and oid = any ('{%s}'::oid[]);
@@ -80,11 +87,14 @@ class Endpoint:
     superuser: str
 
 
-async def isolate(data: Path, endpoint: Endpoint, binaries: Binaries, source: Incarnation) -> tuple[str, ...]:
+async def isolate(
+    data: Path, endpoint: Endpoint, binaries: Binaries, source: Incarnation, icu: IcuMemory
+) -> tuple[str, ...]:
     """Cut it off; the warnings its user should see. Raises TimelineError when it cannot be done."""
     subscriptions = _has_subscriptions(data)
     foreign = _databases_with_foreign_servers(data)
-    drifted = _collations_may_differ(source)
+    known_icu = icu.recall(binaries)
+    drifted = source.icu_version not in (None, known_icu) or _libc_differs(source)
     if not (subscriptions or foreign or drifted):
         return ()
     psql = _Psql(endpoint, binaries)
@@ -92,7 +102,7 @@ async def isolate(data: Path, endpoint: Endpoint, binaries: Binaries, source: In
     names: list[str] = []
     script = _CUT_SUBSCRIPTIONS + _SUBSCRIPTIONS_LEFT if subscriptions else ""
     if drifted and binaries.major >= 15:
-        script += _COLLATIONS
+        script += _COLLATIONS + _ICU
     if foreign:
         script += _DATABASES % ",".join(map(str, foreign))
     answers = iter(await _in_any_database(psql, script) if script else [])
@@ -107,6 +117,8 @@ async def isolate(data: Path, endpoint: Endpoint, binaries: Binaries, source: In
             "indexes on text may be out of order"
             for name, recorded, here in next(answers)
         ]
+        if (found := next(answers)[0]) is not None:
+            icu.note(binaries, found)
     elif drifted:
         warnings.append("libc or ICU differs from the source's: indexes on text may be out of order")
     if foreign:
@@ -156,10 +168,7 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _collations_may_differ(source: Incarnation) -> bool:
-    if source.icu_version is not None:
-        # Which version of ICU's rules the branch's server has, only the server can tell.
-        return True
+def _libc_differs(source: Incarnation) -> bool:
     return source.libc_version is not None and _numbers(source.libc_version) != _numbers(_libc_version())
 
 

@@ -18,6 +18,7 @@ from restore.compute import Instance, Postmaster, kill, promoted_at, start, stop
 from restore.data_files import PlainDirectory, lay_out
 from restore.host import Host, find_host
 from restore.host_support import host_support
+from restore.icu_memory import IcuMemory
 from restore.isolation import Endpoint, isolate
 from restore.plan import BranchPlan, bounds_as_of
 from restore.settings import branch_settings
@@ -125,6 +126,13 @@ def branch_at(
 def position(server: PostgresServer) -> Lsn:
     """The end of the server's WAL, flushed."""
     return Lsn.parse(server.value("select pg_current_wal_flush_lsn()"))
+
+
+def isolated(branch: PlainBranch, endpoint: Endpoint, backup: PlainBackup) -> tuple[str, ...]:
+    """The isolation step's warnings."""
+    instance = branch.instance
+    memory = IcuMemory(branch.root)
+    return asyncio.run(isolate(instance.data, endpoint, instance.binaries, backup.incarnation, memory))
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +298,7 @@ def test_subscriptions_cannot_touch_the_publisher(source: tuple[PostgresServer, 
     )
     with branch_at(backup, position(server)) as branch:
         endpoint = Endpoint(str(branch.root / "s"), 5432, "postgres")
-        instance = branch.instance
-        warnings = asyncio.run(isolate(instance.data, endpoint, instance.binaries, backup.incarnation))
+        warnings = isolated(branch, endpoint, backup)
         assert any("subscription 'sub'" in text for text in warnings)
         assert any("'far'" in text and "postgres_fdw" in text for text in warnings)
         assert not any("secret" in text for text in warnings)
@@ -308,8 +315,7 @@ def test_no_connection_where_nothing_leads_out(source: tuple[PostgresServer, Pla
     _, backup = source
     with branch_at(backup, backup.snapshot.end) as branch:
         nobody = Endpoint("/nonexistent", 1, "nobody")
-        instance = branch.instance
-        assert asyncio.run(isolate(instance.data, nobody, instance.binaries, backup.incarnation)) == ()
+        assert isolated(branch, nobody, backup) == ()
 
 
 def test_failure_says_why_and_leaves_no_process(source: tuple[PostgresServer, PlainBackup]) -> None:
