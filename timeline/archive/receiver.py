@@ -25,7 +25,9 @@ COMMAND_TIMEOUT_SECONDS = 60.0
 
 _ROWS = pq.ExecStatus.TUPLES_OK
 _DONE = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.EMPTY_QUERY)
-_COPY = (pq.ExecStatus.COPY_BOTH, pq.ExecStatus.COPY_OUT)
+_STREAMING = pq.ExecStatus.COPY_BOTH
+_HALF_CLOSED = pq.ExecStatus.COPY_IN
+"""The server has ended its half of the stream; the protocol asks us to end ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class ReplicationConnection:
         async with asyncio.timeout(COMMAND_TIMEOUT_SECONDS):
             self._send_query(command)
             result = await self._result()
-            if result is not None and result.status in _COPY:
+            if result is not None and result.status == _STREAMING:
                 self._ended = False
                 return None
             return await self._next_tli(result)
@@ -164,7 +166,7 @@ class ReplicationConnection:
         try:
             async with asyncio.timeout(COMMAND_TIMEOUT_SECONDS):
                 result = await self._result()
-                if result is not None and result.status in _COPY:
+                if result is not None and result.status == _HALF_CLOSED:
                     self._pgconn.put_copy_end()
                     result = await self._result()
                 return await self._next_tli(result)
