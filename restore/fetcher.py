@@ -217,7 +217,8 @@ class Fetcher:
 
     async def aclose(self) -> None:
         """Wait for what is under way."""
-        while self._tasks:
+        while self._queue or self._tasks:
+            self._dispatch()
             await asyncio.wait(set(self._tasks))
 
     async def _wait(self, error: Unavailable, pause: float, deadline: float) -> float:
