@@ -13,6 +13,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping
+from datetime import UTC, tzinfo
 from pathlib import Path
 
 from restore import agent, mount_table
@@ -24,6 +25,8 @@ from restore.branch_request import (
     BranchRequest,
     BranchResult,
     BranchStatus,
+    Listen,
+    StoreAddress,
     dsn_of,
 )
 from restore.branches import Branches
@@ -33,6 +36,8 @@ from restore.lazy_data import mount_stats, remount_data, unmount_data
 from restore.lazy_host import lazy_obstacle
 from restore.local_branch import COPY, DELETING, LAZY, READY, LocalBranch, Server
 from restore.process import is_alive
+from restore.threads import to_the_end
+from timeline.catalog.when import AtLsn, When
 from timeline.clock import Clock
 from timeline.errors import TimelineError, UsageError
 
@@ -125,6 +130,31 @@ class HostBranches:
                 )
             await self._remove(branch)
 
+    async def reset(self, name: str, *, when: When | str | None = None, zone: tzinfo = UTC) -> BranchResult:
+        """Delete a branch and make it again under its name, as of the same moment or another one.
+
+        What it was made with is kept, and so is the rest of its time to live.
+        """
+        branch = self.registry.get(name)
+        origin, server = branch.origin, _server(branch)
+        if origin is None:
+            raise TimelineError(f"branch {name!r} does not know where it comes from")
+        left = None if branch.expires is None else max(1.0, (branch.expires - self._clock.now()) / 1e6)
+        request = BranchRequest(
+            store=StoreAddress(origin.store_url, origin.endpoint_url, origin.region),
+            name=name,
+            when=AtLsn(origin.lsn) if when is None else when,
+            zone=zone,
+            tli=origin.tli if when is None else None,
+            parent=origin.parent,
+            ttl_seconds=left,
+            mode=branch.mode,
+            listen=Listen(server.listen, server.port) if server.listen is not None else None,
+            preload=branch.preload,
+        )
+        await self.delete(name)
+        return await self.create(request)
+
     def rename(self, name: str, new_name: str) -> None:
         """Give a branch another name; its connections are not disturbed."""
         branch = self.registry.get(name)
@@ -216,8 +246,8 @@ class HostBranches:
                 await kill(running, self._clock)
         await self._unmount(branch)
         if branch.expires is not None:
-            await asyncio.to_thread(agent.unregister, self.host.state, branch.id)
-        await asyncio.to_thread(self.registry.remove, branch)
+            await to_the_end(lambda: agent.unregister(self.host.state, branch.id))
+        await to_the_end(lambda: self.registry.remove(branch))
 
     async def _unmount(self, branch: LocalBranch) -> None:
         if branch.mode == LAZY:
@@ -237,7 +267,8 @@ class HostBranches:
         root = os.fspath(Path(__file__).parent.parent)
         code = f"import sys; sys.path.insert(0, {root!r}); from cli.main import main; main()"
         command = [sys.executable, "-c", code, "expire"]
-        await asyncio.to_thread(agent.register, self.host.state, branch.id, branch.expires or 0, command)
+        expires = branch.expires or 0
+        await to_the_end(lambda: agent.register(self.host.state, branch.id, expires, command))
 
     def _state(self, branch: LocalBranch) -> str:
         server = branch.server

@@ -38,6 +38,7 @@ from restore.local_branch import COPY, LAZY, LocalBranch, Origin, Server
 from restore.plan import BranchPlan, WalSpan, bounds_as_of, make_plan
 from restore.prefetch import Prefetcher
 from restore.settings import branch_settings
+from restore.threads import to_the_end
 from restore.wal_files import NEVER, WHOLE_BYTES, Feed, WalReader, feed_wal, write_histories, write_wal
 from timeline.catalog.history import History
 from timeline.catalog.line import incarnation_at
@@ -211,7 +212,7 @@ class BranchMaker:
 
     async def _show(self, store: Store, plan: BranchPlan, binaries: Binaries, wal: Path) -> None:
         """Lazy: mount, and change what shows through the mount."""
-        await asyncio.to_thread(make_overlay, self._directory)
+        await to_the_end(lambda: make_overlay(self._directory))
         await mount_data(
             self._directory, self.branch, plan.snapshot, self._host, cache_bytes=self.request.cache_bytes
         )
@@ -219,7 +220,7 @@ class BranchMaker:
         def change() -> None:
             self._lay_out(plan, binaries, wal, (self.data / CONTROL_FILE).read_bytes())
 
-        await asyncio.to_thread(change)
+        await to_the_end(change)
 
     async def _copy(self, store: Store, plan: BranchPlan, binaries: Binaries, wal: Path) -> None:
         """Copy: write everything, pg_control last."""
@@ -240,7 +241,7 @@ class BranchMaker:
             self._lay_out(plan, binaries, wal, control_content(listing))
             write_control(listing, data, owner)
 
-        await asyncio.to_thread(finish)
+        await to_the_end(finish)
 
     async def _recover(self, instance: Instance, plan: BranchPlan, restore_command: str) -> Postmaster:
         """The first start: recovery to T, promotion, end-of-recovery checkpoint."""
@@ -250,7 +251,7 @@ class BranchMaker:
         prefetcher = None
         if self.branch.mode == LAZY and wants_prefetch(self.request.store.url, plan.replayed_bytes):
             prefetcher = Prefetcher.start(plan, self._directory, self.data)
-        syncing = asyncio.ensure_future(asyncio.to_thread(self._sync))
+        syncing = asyncio.ensure_future(to_the_end(self._sync))
         try:
             postmaster = await starting.wait(self._clock, ready_seconds=ready_seconds(plan.replayed_bytes))
         finally:
@@ -273,7 +274,7 @@ class BranchMaker:
         await stop(postmaster, self._clock, seconds=_STOP_SECONDS)
         settings = self._settings.replacing(listen_addresses=listen.address, port=str(listen.port))
         configure(self._files, settings, listens=True)
-        await asyncio.to_thread(self._sync)
+        await to_the_end(self._sync)
         self.branch = dataclasses.replace(
             self.branch,
             server=dataclasses.replace(self._server, port=listen.port, listen=listen.address),

@@ -14,7 +14,6 @@ it made (EDGE 31).
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import os
 import shutil
@@ -29,6 +28,7 @@ from restore.eager import Counters, Progress, read_listing, write_control, write
 from restore.host import Account, Host
 from restore.plan import BACKUP_LABEL, RECOVERY_SIGNAL, BranchPlan, bounds_as_of
 from restore.settings import RecoveryBounds, format_conf
+from restore.threads import to_the_end
 from restore.wal_files import NEVER, write_histories, write_wal
 from timeline.catalog.history import History
 from timeline.catalog.line import incarnation_at
@@ -96,14 +96,14 @@ async def restore_directory(
         check_room(directory, plan.snapshot.bytes + plan.replayed_bytes)
         host, owner = _owner(directory, host)
         await write_files(store, plan.snapshot, listing, directory, owner, counters, report=report)
-        warnings = await asyncio.to_thread(_configure, directory, plan, bounds, listing, host)
+        warnings = await to_the_end(lambda: _configure(directory, plan, bounds, listing, host))
         wal = directory / "pg_wal"
         write_histories(plan, wal, host)
         await write_wal(plan, wal_reader(history), wal, host, creates=tablespace_creates(target))
-        await asyncio.to_thread(write_control, listing, directory, owner)
+        await to_the_end(lambda: write_control(listing, directory, owner))
         remarks = await history.remarks(target.tli)
     except BaseException:
-        await asyncio.shield(asyncio.to_thread(_clear, directory, created))
+        await to_the_end(lambda: _clear(directory, created))
         raise
     finally:
         await store.aclose()

@@ -9,6 +9,7 @@ from restore.host import Host
 from restore.local_branch import LocalBranch
 from restore.mount_spec import MountSpec, MountStats, encode_spec, read_stats
 from restore.overlay import Overlay
+from restore.threads import to_the_end
 from timeline.errors import TimelineError
 from timeline.format.log import Snapshot
 
@@ -44,17 +45,17 @@ async def mount_data(
         cache_bytes=cache_bytes,
     )
     (directory / "mount.json").write_bytes(encode_spec(spec))
-    await agent.mount_async(host.state, directory / "mount.json")
+    await to_the_end(lambda: agent.mount(host.state, directory / "mount.json"))
 
 
 async def remount_data(directory: Path, host: Host) -> None:
     """Mount what ``mount_data`` described; raises TimelineError."""
-    await agent.mount_async(host.state, directory / "mount.json")
+    await to_the_end(lambda: agent.mount(host.state, directory / "mount.json"))
 
 
 async def unmount_data(directory: Path, host: Host) -> None:
     """Unmount, also what a killed mount left; no error when nothing is mounted."""
-    await agent.unmount_async(host.state, directory / "data")
+    await to_the_end(lambda: agent.unmount(host.state, directory / "data"))
 
 
 def mount_stats(directory: Path) -> MountStats | None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 import mmap
 import os
 import shlex
@@ -29,6 +30,7 @@ from pathlib import Path
 
 from restore.host import Host
 from restore.plan import BranchPlan, SegmentFile, WalSpan
+from restore.threads import to_the_end
 from restore.wal_creates import find_creates, has_path
 from timeline.clock import Clock
 from timeline.errors import CheckFailed, TimelineError
@@ -127,8 +129,8 @@ async def write_wal(
     try:
         async with aclosing(read(plan.spans)) as pieces:
             async for lsn, data in pieces:
-                await release(await asyncio.to_thread(writer.write, lsn, data))
-        await release(await asyncio.to_thread(writer.finish))
+                await release(await to_the_end(functools.partial(writer.write, lsn, data)))
+        await release(await to_the_end(writer.finish))
     finally:
         writer.close()
 
