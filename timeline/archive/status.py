@@ -48,6 +48,9 @@ class ArchiverConfig:
     """How long one chunk's upload is tried."""
     slot_patience_seconds: float = 120.0
     """How long a slot that another connection uses is waited for."""
+    shutdown_patience_seconds: float = 30.0
+    """A source that shuts down waits until we acknowledge everything. While the store stalls that would be
+    for ever, so after this long we leave: its slot keeps the WAL."""
     stop_patience_seconds: float = 30.0
     """How long a stop waits for what is in flight."""
 

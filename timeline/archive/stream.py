@@ -124,7 +124,8 @@ class TliStream:
         self._connection.wake()
 
     async def run(self, stop: asyncio.Event, check: Callable[[], None]) -> NextTli | None:
-        """Stream until the tli ends (a row) or ``stop`` is set (``None``); then everything received is durable.
+        """Stream until the tli ends (a row) or ``stop`` is set (``None``); then everything received is
+        durable.
 
         ``check`` is called often and raises what must end the stream. Raises that, what ended the committer's
         run, Unavailable when the connection or the server went away, ServerError with what the server said.
@@ -266,6 +267,10 @@ class TliStream:
             ) from None
 
     async def _save(self) -> None:
-        """After the connection broke: what was received is good WAL and need not be sent again."""
+        """After the connection broke: what was received is good WAL and need not be sent again.
+
+        Closed first, because a source that shuts down waits for its walsender's end.
+        """
+        await self._connection.aclose()
         with contextlib.suppress(Unavailable):
             await self._flush(DRAIN_SECONDS)

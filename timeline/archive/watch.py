@@ -26,12 +26,8 @@ from timeline.format.wal_index import Coverage
 TICK_SECONDS = 1.0
 """How often the status is shown."""
 PROBE_TIMEOUT_SECONDS = 30.0
-SHUTDOWN_SECONDS = 30.0
-"""A source that shuts down waits for us to acknowledge everything. While the store stalls it would wait for
-ever, so after this long we leave: its slot keeps the WAL."""
 BEHIND_BYTES = 16 << 20
 """Further behind than this is catching up, not streaming."""
-_SHUTTING_DOWN = ("57P01", "57P03")
 
 
 class Watch:
@@ -150,7 +146,7 @@ class Watch:
         if self._unreachable_since is None:
             self._unreachable_since = now
         stalled = self._committer.stats.stalled_since is not None or self._stream.buffered_bytes > 0
-        if stalled and now - self._unreachable_since > SHUTDOWN_SECONDS:
+        if stalled and now - self._unreachable_since > self._run.config.shutdown_patience_seconds:
             self._fail(Unavailable("the source takes no new connections and the store does not take its WAL"))
 
     async def _drop_source(self) -> None:
