@@ -197,6 +197,10 @@ def test_a_name_is_a_name(bench: Bench) -> None:
     reset = bench.create(name="named", if_exists="reset")
     assert reset.id != first.id
     assert value(reset, "select count(*) from pg_class where relname = 'mark'") == 0
+    run(reset.dsn, "drop table t")
+    undone = asyncio.run(bench.branches.reset("named"))
+    assert (undone.name, undone.lsn) == ("named", reset.lsn) and undone.id != reset.id
+    assert value(undone, "select count(*) from t") == 50000
     with pytest.raises(UsageError, match="no branch can take"):
         bench.create(name="main")
     bench.branches.rename("named", "renamed")

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -89,6 +90,11 @@ def started(source: PostgresServer, home: Path) -> Iterator[PostgresServer]:
     copy.configure({"port": str(copy.port), "unix_socket_directories": f"'{copy.sockets}'"})
     try:
         copy.start()
+        # Without hot standby pg_ctl takes the beginning of recovery for its end.
+        deadline = time.monotonic() + 60
+        while "ready" not in (copy.data / "postmaster.pid").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         yield copy
     finally:
         copy.stop("immediate")
