@@ -102,6 +102,8 @@ class MountOperations(pyfuse3.Operations):  # type: ignore[misc]
         self._gid = gid
         self._durable = durable
         self.traffic = Traffic()
+        self._forgetting: set[int] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._absent = pyfuse3.EntryAttributes()
         self._absent.st_ino = 0
         self._absent.entry_timeout = _CACHED_SECONDS
@@ -218,7 +220,11 @@ class MountOperations(pyfuse3.Operations):  # type: ignore[misc]
 
     @_answers
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        written = await self._tree.write(fh, off, buf)
+        try:
+            written = await self._tree.write(fh, off, buf)
+        except (OSError, TimelineError):
+            self._forget_pages(self._tree.inode_of(fh))
+            raise
         self.traffic.writes += 1
         self.traffic.written_bytes += written
         return written
@@ -274,6 +280,28 @@ class MountOperations(pyfuse3.Operations):  # type: ignore[misc]
             raise OSError(errno.EOPNOTSUPP, "no attributes")
         for wanted in decode_prefetch(value):
             self._tree.prefetch(wanted.path, wanted.groups)
+
+    def _forget_pages(self, inode: int) -> None:
+        """After a write that failed: the kernel would keep showing what it could not write.
+
+        Postgres is told at its next fsync and recovers from WAL, but only if it then reads what is really
+        there (EDGE 51, disk full). Dropping the pages waits for writes under way, so it has a thread.
+        """
+        if inode in self._forgetting:
+            return
+        self._forgetting.add(inode)
+
+        async def forget() -> None:
+            try:
+                await self._in_thread(lambda: pyfuse3.invalidate_inode(inode))
+            except OSError as error:
+                _log.warning("cannot drop the cached pages of a file: %s", error)
+            finally:
+                self._forgetting.discard(inode)
+
+        task = asyncio.get_running_loop().create_task(forget())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _in_thread(self, work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._pool, work)

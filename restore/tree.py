@@ -258,6 +258,10 @@ class Tree:
         """Write all of it; how many bytes that were."""
         return await self._handles[handle].file.write(offset, data)
 
+    def inode_of(self, handle: int) -> int:
+        """Inode of an open file."""
+        return self._handles[handle].node.inode
+
     async def sync(self, handle: int, in_thread: Callable[[Callable[[], None]], Awaitable[None]]) -> None:
         """Bring the file, and the directories that name it when they are new, to the disk."""
         opened = self._handles[handle]

@@ -19,6 +19,7 @@ import pytest
 
 from restore import agent, mount_table
 from restore.mount_control import BlockRange, prefetch
+from restore.mount_spec import encode_spec
 from restore.overlay import Overlay, OverlayUnusable, probe_file_system
 from tests.fix_stores import BUCKET, fresh_prefix
 from tests.support.lazy_branch import (
@@ -100,11 +101,11 @@ def test_postgres_runs_on_it_and_fetches_little(cluster: StoredCluster, state: P
         assert branch.server.value("select abalance from pgbench_accounts where aid = 4711") == "0"
         time.sleep(1.2)
         assert branch.stats().fetched_bytes < 2_500_000 < cluster.snapshot.bytes // 20
-        branch.server.tool("pgbench", "-n", "-c", "4", "-T", "3", *connection(branch.server))
+        branch.server.tool("pgbench", "-n", "-c", "4", "-T", "2", *connection(branch.server))
         done = check_consistent(branch.server)
-        assert done > 300
+        assert done > 100
         branch.server.sql(
-            "create table more as select g, repeat('x', 500) t from generate_series(1, 40000) g"
+            "create table more as select g, repeat('x', 500) t from generate_series(1, 10000) g"
         )
         branch.server.sql("truncate pgbench_history", "vacuum full pgbench_tellers", "drop table more")
         branch.server.tool("pg_amcheck", "--heapallindexed", *connection(branch.server))
@@ -185,6 +186,47 @@ def test_postgres_killed(cluster: StoredCluster, state: Path, cache: Path) -> No
         branch.server.start()
         assert check_consistent(branch.server) > 0
         branch.server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_disk_full_under_the_overlay(cluster: StoredCluster, state: Path, cache: Path) -> None:
+    """EDGE 51: errors, then a recovery that finds what is really on the disk."""
+    with lazy_branch(cluster, state, cache) as branch:
+        branch.unmount()
+        small = branch.directory / "small"
+        small.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", small], check=True)
+        try:
+            overlay = small / "overlay"
+            subprocess.run(["cp", "-a", branch.spec.overlay, overlay], check=True)
+            branch.spec_path.write_bytes(encode_spec(replace(branch.spec, overlay=str(overlay))))
+            branch.mount()
+            branch.server.start()
+            postmaster = branch.server.postmaster_pid()
+            assert postmaster is not None
+            with pytest.raises(psycopg.Error):
+                for _ in range(20):
+                    branch.server.sql(
+                        "update pgbench_accounts set abalance = abalance + 1 where aid <= 50000",
+                        "update pgbench_branches set bbalance = bbalance + 50000 where bid = 1",
+                        "checkpoint",
+                    )
+            kill_postgres(postmaster, children_of(postmaster))
+            assert "No space left on device" in branch.log()
+            subprocess.run(["mount", "-o", "remount,size=400m", small], check=True)
+            branch.server.start()
+            accounts, branches = (
+                int(branch.server.value(f"select sum({prefix}balance) from pgbench_{table}"))
+                for prefix, table in (("a", "accounts"), ("b", "branches"))
+            )
+            assert accounts - branches in (0, 50000)
+            branch.server.tool("pg_amcheck", "--heapallindexed", *connection(branch.server))
+            branch.server.stop()
+        finally:
+            branch.server.kill9()
+            branch.unmount()
+            subprocess.run(["umount", "-l", small], check=True)
 
 
 def test_a_second_branch_costs_no_requests_for_data(cluster: StoredCluster, state: Path, cache: Path) -> None:
