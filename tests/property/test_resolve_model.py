@@ -21,6 +21,7 @@ from timeline.catalog.when import AtLsn, AtTime, BeforeRestorePoint, BeforeXid, 
 from timeline.clock import POSTGRES_EPOCH_MICROS
 from timeline.errors import TargetUnreachable
 from timeline.lsn import Lsn
+from timeline.maintain import seal as sealing
 
 
 @dataclass(frozen=True)
@@ -194,4 +195,7 @@ def test_every_moment_is_what_the_model_says(steps: list[Step]) -> None:
         if world.second is not None:
             await check_line(world, 2)
 
-    asyncio.run(run())
+    with pytest.MonkeyPatch.context() as patch:
+        # Small frames, so that seals of little WAL have several.
+        patch.setattr(sealing, "FRAME_BYTES", 3000)
+        asyncio.run(run())

@@ -95,7 +95,7 @@ class RunReader:
         begin, before = max(
             ((end, start) if end < lsn else (start, Lsn(0)) for start, end in known), default=(0, 0)
         )
-        if begin < entry.start:
+        if not known:
             return await self._boundary_from_entry(number, entry, lsn)
         found = await self._scan_wal(number, Lsn(begin), lsn)
         return found if found.last_record else replace(found, last_record=Lsn(before))

@@ -174,6 +174,34 @@ def test_the_first_time_is_one_that_can_be_had() -> None:
     asyncio.run(work())
 
 
+def test_older_coverage_does_not_hide_what_came_since() -> None:
+    async def work() -> None:
+        archive = Archive()
+        server, _ = await one_server(archive)
+        server.commit(NOON + 90 * SECOND, 900)
+        await archive.archive(server)
+        (window,) = await (await archive.history()).reachable()
+        assert window.last_time == NOON + 90 * SECOND - 1
+        assert (await (await archive.history()).resolve(Latest())).time == NOON + 90 * SECOND - 1
+
+    asyncio.run(work())
+
+
+def test_a_record_whose_header_spans_pages() -> None:
+    async def work() -> None:
+        for room in (8, 16):
+            archive = Archive()
+            server, _ = await one_server(archive)
+            server.builder.fill_to(8192 - room)
+            before = server.records[-1]
+            server.commit(NOON + 70 * SECOND, 900)
+            await archive.archive(server)
+            target = await (await archive.history()).resolve(BeforeXid(900))
+            assert (target.lsn, target.last_record) == (before.end, before.start)
+
+    asyncio.run(work())
+
+
 def test_without_coverage_the_last_commit_s_time_is_not_complete() -> None:
     """The next record may carry the very same time, and then T would change."""
 
@@ -513,8 +541,24 @@ def test_coverage_of_an_orphan_tail_says_nothing_of_the_new_line() -> None:
         assert (await (await archive.history()).resolve(AtTime(NOON + 50 * SECOND), tli=1)).lsn == old.end
         message = await refused(archive, AtTime(NOON + 50 * SECOND))
         assert "not known to be complete" in message
-        target = await (await archive.history()).resolve(Latest())
-        assert (target.tli, target.lsn) == (1, fork)
+        last = next(record.start for record in old.records if record.end == fork)
+        for length in (0, 10, 3000):
+            # Nothing, then part of the new server's first record: the head is the fork all the same.
+            if length:
+                new.fill(5000)
+                await archive.archive(new, fork + length)
+            target = await (await archive.history()).resolve(Latest())
+            assert (target.tli, target.lsn, target.last_record) == (1, fork, last)
+        # Even when the new server has written beyond where the old one's coverage was stated.
+        new.fill(int(old.end - fork))
+        await archive.archive(new)
+        assert "not known to be complete" in await refused(archive, AtTime(NOON + 50 * SECOND))
+        state = await archive.state()
+        assert state.coverage is None
+        assert await archive.seal(1) is not None
+        state = await archive.state()
+        assert state.coverage is not None and state.coverage.lsn < archive.durable[2]
+        assert "not known to be complete" in await refused(archive, AtTime(NOON + 50 * SECOND))
 
     asyncio.run(work())
 
@@ -544,12 +588,17 @@ def test_a_snapshot_taken_on_an_orphan_tail_serves_only_that_line() -> None:
 
     async def work() -> None:
         archive = Archive()
-        old, _new, _base, _fork = await promoted(archive)
-        redo = next(record.start for record in old.records if record.xid == 107)
+        old, new, _base, fork = await promoted(archive)
+        redo = Lsn(next(record.start for record in old.records if record.xid == 107))
         await archive.snapshot("orphan", 1, redo, time=NOON + 7 * SECOND)
+        across = next(record.start for record in old.records if record.xid == 104)
+        await archive.snapshot("across", 1, across, redo, time=NOON + 7 * SECOND)
+        new.fill(int(old.end - fork))
+        await archive.archive(new)
         history = await archive.history()
         assert (await history.resolve(Latest())).snapshot.id == "base"
         assert (await history.resolve(Latest(), tli=1)).snapshot.id == "orphan"
+        assert (await history.resolve(AtLsn(redo), tli=1)).snapshot.id == "orphan"
 
     asyncio.run(work())
 
@@ -588,10 +637,10 @@ def test_wal_of_any_span(sealed: bool) -> None:
 def test_chunks_sealed_and_collected_while_a_reader_reads() -> None:
     """The log names something that is gone: it is read again, once, and the reader notices nothing."""
 
-    async def work() -> None:
+    async def work(resolving: bool) -> None:
         archive = Archive()
         server, _ = await one_server(archive)
-        collected = False
+        armed, collected = resolving, False
 
         async def collect(call: Call) -> None:
             nonlocal collected
@@ -601,21 +650,21 @@ def test_chunks_sealed_and_collected_while_a_reader_reads() -> None:
                 chunks = await archive.store.list("wal/")
                 await archive.store.delete([listed.key for listed in chunks])
 
-        for resolving in (True, False):
-            store, armed = FaultyStore(archive.store, before=collect), resolving
-            history = await History.load(store)
-            target = await history.resolve(Latest())
-            assert target.lsn == server.end
-            armed = True
-            assert await wal_of(history, list(target.spans)) == server.bytes(FIRST + 40, server.end)
+        history = await History.load(FaultyStore(archive.store, before=collect))
+        target = await history.resolve(Latest())
+        assert target.lsn == server.end
+        armed = True
+        assert await wal_of(history, list(target.spans)) == server.bytes(FIRST + 40, server.end)
+        assert collected
 
-    asyncio.run(work())
+    asyncio.run(work(True))
+    asyncio.run(work(False))
 
 
 def test_half_read_wal_goes_on_where_it_was() -> None:
     async def work() -> None:
         archive = Archive()
-        server, _ = await one_server(archive)
+        server, _ = await one_server(archive, commits=60)
         history = await archive.history()
         target = await history.resolve(Latest())
         read = b""

@@ -35,6 +35,18 @@ def test_every_lsn_of_wal_with_records_of_all_sizes() -> None:
             assert canonical(found.lsn) == canonical(before.end)
 
 
+def test_inside_a_page_header_nothing_starts() -> None:
+    server = Server(1, FIRST)
+    server.fill(10)
+    server.builder.fill_to(0)
+    last = server.records[-1]
+    following = server.fill(100)
+    assert last.end % PAGE == 0 and following.start == last.end + 24
+    for at in range(last.end, following.start + 1, 8):
+        assert look(server, FIRST, at) == Boundary(Lsn(at), Lsn(last.start))
+    assert look(server, FIRST, following.start + 8) == Boundary(Lsn(following.end), Lsn(following.start))
+
+
 def test_the_end_of_the_record_must_be_in_reach() -> None:
     server = Server(1, FIRST)
     server.fill(10)

@@ -104,6 +104,26 @@ def test_what_a_seal_says() -> None:
     asyncio.run(work())
 
 
+def test_commit_times_are_those_of_all_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EDGE 38: neither the first nor the last frame need hold the extremes."""
+
+    async def work() -> None:
+        archive, server = Archive(), Server(1, FIRST)
+        await archive.begin(server)
+        for second in (5, 9, 1, 5):
+            server.commit(NOON + second * SECOND, 100 + second)
+            server.fill(2000)
+            await archive.archive(server)
+        sealed = await archive.seal()
+        assert sealed is not None
+        assert len(await read_frames(archive.store, sealed)) == 4
+        assert (sealed.min_commit_time, sealed.max_commit_time) == (NOON + SECOND, NOON + 9 * SECOND)
+        assert sealed.commits == 4
+
+    monkeypatch.setattr(sealing, "FRAME_BYTES", 2500)
+    asyncio.run(work())
+
+
 def test_only_whole_chunks_of_the_chain_are_sealed() -> None:
     """EDGE 60, 63: not what lies beyond a missing one, nor what overlaps."""
 
