@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from tests.support.archiver import (
@@ -24,9 +25,12 @@ from tests.support.archiver import (
     tail_of,
 )
 from tests.support.postgres import PostgresServer
+from timeline.catalog.branch_log import BranchLog
 from timeline.catalog.tail import Tail, read_index
+from timeline.clock import SystemClock
 from timeline.format.wal_index import WalIndex
 from timeline.lsn import Lsn
+from timeline.maintain.seal import seal
 from timeline.pg.wal import WalScanner
 from timeline.store.open import open_store
 
@@ -218,6 +222,72 @@ def test_kills_lose_nothing_that_was_acknowledged(make_postgres: MakePostgres, s
         archiver.wait_durable(flushed(server))
         assert archiver.stop() == 0
     assert_archived(server, store, end=flushed(server))
+
+
+def test_crashes_of_the_source_are_streamed_through(make_postgres: MakePostgres, store: str) -> None:
+    """EDGE 24: records cut off by a crash are overwritten, and what follows reads on."""
+    server = make_postgres(15, settings=KEEP)
+    server.sql("create table t (v text)")
+    with ArchiverProcess(store, server.conninfo) as archiver:
+        archiver.wait_until(lambda status: status["phase"] == "streaming")
+        for _ in range(3):
+            with contextlib.suppress(psycopg.OperationalError), server.connect() as connection:
+                # A record of many pages, written out and not committed when the server dies.
+                connection.execute(
+                    "insert into t select repeat(md5(g::text), 50) from generate_series(1, 3000) g"
+                )
+                connection.execute("select pg_logical_emit_message(false, 'tl', repeat('x', 3000000))")
+                server.kill9()
+            server.start()
+            server.sql("insert into t values ('x')")
+        archiver.wait_durable(flushed(server), seconds=60)
+        assert archiver.stop() == 0
+    assert_archived(server, store, end=flushed(server))
+
+
+def test_an_archiver_goes_on_behind_what_is_sealed(make_postgres: MakePostgres, store: str) -> None:
+    """The record that began in the sealed WAL is indexed by the first chunk after it."""
+    server = make_postgres(15, settings=KEEP)
+    server.sql("create table t (v text)")
+    sealed: list[Lsn] = []
+    for _ in range(2):
+        with ArchiverProcess(
+            store, server.conninfo, max_delay_seconds=0, requests_per_second=1000
+        ) as archiver:
+            archiver.wait_until(lambda status: status["phase"] == "streaming")
+            server.sql("insert into t select repeat(md5(g::text), 50) from generate_series(1, 3000) g")
+            archiver.kill9()
+        sealed.append(seal_all(store))
+    assert sealed[1] > sealed[0]
+    with ArchiverProcess(store, server.conninfo) as archiver:
+        server.sql("insert into t values ('last')")
+        archiver.wait_durable(flushed(server))
+        assert archiver.stop() == 0
+    tail = tail_of(store, 1)
+    assert tail.start == sealed[1]
+    start = log_head(store).state.tlis[0].start
+    whole = WalScanner(16 << 20, 1, start).feed(server_wal(server, 1, start, tail.end))
+    parts = indexes(store, tail)
+    after = whole.commits[whole.commits["end"] > sealed[1]]
+    assert b"".join(part.commits.tobytes() for part in parts) == after.tobytes()
+    assert len(after)
+
+
+def seal_all(url: str) -> Lsn:
+    """Move all chunks to packs; the sealed LSN."""
+
+    async def run() -> Lsn:
+        store, clock = await open_store(url), SystemClock()
+        try:
+            log = BranchLog(store, "main", clock, "test")
+            await seal(store, log, clock, force=True)
+            head = await log.load()
+            assert head is not None
+            return head.state.tlis[0].sealed
+        finally:
+            await store.aclose()
+
+    return asyncio.run(run())
 
 
 def test_an_idle_source_is_covered_by_heartbeats(make_postgres: MakePostgres, store: str) -> None:

@@ -182,14 +182,12 @@ class PostgresServer:
         pid = self.postmaster_pid()
         if pid is None:
             return
+        # Its children do not name the data directory, and while one lives no new server starts.
+        listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+        family = [pid, *map(int, listed.stdout.split())]
         os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            left = subprocess.run(
-                ["pgrep", "-f", str(self.data)], capture_output=True, text=True, check=False
-            )
-            if not left.stdout.strip():
-                break
+        deadline = time.monotonic() + 20
+        while any(Path(f"/proc/{member}").exists() for member in family) and time.monotonic() < deadline:
             time.sleep(0.05)
         (self.data / "postmaster.pid").unlink(missing_ok=True)
 

@@ -100,13 +100,16 @@ class ReplicationConnection:
         """
         named = f'SLOT "{slot}" ' if slot is not None else ""
         command = f"START_REPLICATION {named}PHYSICAL {start >> 32:X}/{start & 0xFFFFFFFF:X} TIMELINE {tli}"
-        async with asyncio.timeout(COMMAND_TIMEOUT_SECONDS):
-            self._send_query(command)
-            result = await self._result()
-            if result is not None and result.status == _STREAMING:
-                self._ended = False
-                return None
-            return await self._next_tli(result)
+        try:
+            async with asyncio.timeout(COMMAND_TIMEOUT_SECONDS):
+                self._send_query(command)
+                result = await self._result()
+                if result is not None and result.status == _STREAMING:
+                    self._ended = False
+                    return None
+                return await self._next_tli(result)
+        except TimeoutError:
+            raise Unavailable("the source did not begin to stream in time") from None
 
     @property
     def ended(self) -> bool:

@@ -68,6 +68,7 @@ class StreamProgress:
     covered: Coverage | None = None
     """Newest coverage of what was received; durable once ``Committer.durable`` has passed it."""
     caught_up: bool = False
+    """Whether the end of the source's WAL has been reached once."""
     synchronous: bool = False
 
 
@@ -191,7 +192,7 @@ class TliStream:
         progress.source_end = max(progress.source_end, message.wal_end)
         progress.source_time = message.sent_at
         caught_up = self._state.caught_up
-        progress.caught_up = caught_up is not None
+        progress.caught_up |= caught_up is not None
         if caught_up is not None and self._primary:
             self._consider(Coverage(self._tli, caught_up.lsn, caught_up.time))
         elif self._candidate is not None:
@@ -203,7 +204,6 @@ class TliStream:
             # The oldest one waits: were it replaced by each newer one, none might ever be reached.
             if self._candidate is None or self._candidate.lsn <= self._chunker.position:
                 self._candidate = coverage
-            self.progress.caught_up = False
             return
         if self._candidate is not None and self._candidate.lsn <= coverage.lsn:
             self._candidate = None
