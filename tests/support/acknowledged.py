@@ -22,7 +22,7 @@ from timeline.pg.wal import WalScanner
 from timeline.store.open import open_store
 
 APPLICATION = "tl test writer"
-BURST_MESSAGES = 6
+BURST_MESSAGES = 7
 """1 MiB each: more than one chunk (4 MiB), so several uploads are in flight."""
 
 

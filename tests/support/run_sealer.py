@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import json
 import mmap
 import os
@@ -32,6 +33,8 @@ from timeline.store.open import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_LIFE_SECONDS = 1.0
+LONGEST_LIFE_S3_SECONDS = 3.0
+"""Opening an S3 client alone takes some tenths, a seal through it more."""
 LONGEST_PAUSE_SECONDS = 0.5
 REST_SECONDS = 0.2
 """After each seal, so that the log grows by few entries."""
@@ -105,6 +108,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, required=True)
     options = parser.parse_args()
     chance = random.Random(options.seed)
+    longest_life = LONGEST_LIFE_SECONDS
+    if options.store.startswith("s3:"):
+        importlib.import_module("timeline.store.s3")
+        importlib.import_module("aiobotocore.session")
+        longest_life = LONGEST_LIFE_S3_SECONDS
     kills = in_seal = seals = 0
     told_to_stop = False
     while not told_to_stop:
@@ -114,7 +122,7 @@ def main() -> int:
             die_with_parent()
             asyncio.run(_seal_forever(options.store, options.endpoint_url, shared))
             os._exit(3)
-        told_to_stop = _stdin_closed(chance.uniform(0, LONGEST_LIFE_SECONDS))
+        told_to_stop = _stdin_closed(chance.uniform(0, longest_life))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
