@@ -93,7 +93,8 @@ class HostBranches:
                 await asyncio.shield(self._remove(maker.branch))
                 raise
         elapsed = self._clock.monotonic() - began
-        return self._result(branch, elapsed, maker.counters.requests, maker.counters.fetched_bytes)
+        requests, fetched = (maker.store.requests, maker.store.fetched_bytes) if maker.store else (0, 0)
+        return self._result(branch, elapsed, requests, fetched)
 
     async def start(self, name: str) -> BranchResult:
         """Start a branch that is not running, after a stop, a crash or a reboot.

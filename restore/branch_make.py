@@ -27,7 +27,7 @@ from restore.branch_request import AUTO, COPY_LIMIT_BYTES, BranchRequest, Listen
 from restore.branches import Branches
 from restore.compute import Instance, Postmaster, launch, promoted_at, stop
 from restore.data_files import PlainDirectory, configure, lay_out
-from restore.eager import Counters, read_listing, write_control, write_files
+from restore.eager import read_listing, write_control, write_files
 from restore.host import Host
 from restore.host_support import host_support
 from restore.icu_memory import IcuMemory
@@ -35,6 +35,7 @@ from restore.isolation import Endpoint, isolate
 from restore.lazy_data import make_overlay, mount_data
 from restore.lazy_host import lazy_obstacle
 from restore.local_branch import COPY, LAZY, LocalBranch, Origin, Server
+from restore.metered_store import MeteredStore
 from restore.plan import BranchPlan, WalSpan, bounds_as_of, make_plan
 from restore.prefetch import Prefetcher
 from restore.settings import branch_settings
@@ -81,8 +82,8 @@ class BranchMaker:
     ) -> None:
         self.request = request
         self.branch = branch
-        self.counters = Counters()
-        """Requests of this process; the mount counts its own."""
+        self.store: MeteredStore | None = None
+        """Counts the requests of this process; the mount counts its own."""
         self._branches = branches
         self._host: Host = branches.host
         self._directory = branches.directory(branch.id)
@@ -103,13 +104,15 @@ class BranchMaker:
         if self.request.listen is not None:
             check_free(self.request.listen)
         address = self.request.store
-        store = await open_store(
-            address.url, endpoint_url=address.endpoint_url, region=address.region, clock=self._clock
+        self.store = MeteredStore(
+            await open_store(
+                address.url, endpoint_url=address.endpoint_url, region=address.region, clock=self._clock
+            )
         )
         try:
-            return await self._make(store)
+            return await self._make(self.store)
         finally:
-            await store.aclose()
+            await self.store.aclose()
 
     async def _make(self, store: Store) -> LocalBranch:
         history = await History.load(store, self.request.parent)
@@ -232,10 +235,10 @@ class BranchMaker:
                 hint="--mode copy makes it all the same",
             )
         check_room(self._directory, size)
-        listing = await read_listing(store, plan.snapshot, self.counters)
+        listing = await read_listing(store, plan.snapshot)
         data = self._host.make_private(self.data)
         owner = self._host.account if self._host.switches_user else None
-        await write_files(store, plan.snapshot, listing, data, owner, self.counters)
+        await write_files(store, plan.snapshot, listing, data, owner)
 
         def finish() -> None:
             self._lay_out(plan, binaries, wal, control_content(listing))

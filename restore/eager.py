@@ -50,14 +50,6 @@ class Progress:
     """Bytes of the snapshot's files; holes and empty blocks are never fetched, so this may not be reached."""
 
 
-@dataclass(slots=True)
-class Counters:
-    """What was asked of the store."""
-
-    requests: int = 0
-    fetched_bytes: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class _Run:
     """Extents close together in one pack."""
@@ -68,9 +60,9 @@ class _Run:
     rows: tuple[PageRow, ...]
 
 
-async def read_listing(store: Store, snapshot: Snapshot, counters: Counters) -> FileListing:
+async def read_listing(store: Store, snapshot: Snapshot) -> FileListing:
     """The snapshot's file listing; raises MissingObject, DamagedStore."""
-    data = await _get(store, keys.manifest(snapshot.files.digest), 0, snapshot.files.size, counters)
+    data = await _get(store, keys.manifest(snapshot.files.digest), 0, snapshot.files.size)
     return await asyncio.to_thread(read_file_listing, data, snapshot.files)
 
 
@@ -80,7 +72,6 @@ async def write_files(
     listing: FileListing,
     root: Path,
     owner: Account | None,
-    counters: Counters,
     *,
     report: Callable[[Progress], None] = lambda _: None,
 ) -> None:
@@ -93,16 +84,16 @@ async def write_files(
         await loop.run_in_executor(pool, _make_tree, listing, root, owner)
         done = 0
         for ref in snapshot.pages:
-            footer = await _read_footer(store, ref, counters)
+            footer = await _read_footer(store, ref)
             async with aclosing(
-                in_order(_entries(footer), lambda number: _rows(store, footer, number, counters), limit=2)  # noqa: B023
+                in_order(_entries(footer), lambda number: _rows(store, footer, number), limit=2)  # noqa: B023
             ) as groups:
                 async for rows in groups:
                     wanted = _current(rows, listing, ref)
                     async with aclosing(
                         in_order(
                             _runs(wanted),
-                            lambda run: _copy(store, run, listing, root, pool, counters),
+                            lambda run: _copy(store, run, listing, root, pool),
                             limit=READS,
                         )
                     ) as copies:
@@ -190,15 +181,15 @@ def _entries(footer: Footer) -> range:
     return range(len(footer.entries))
 
 
-async def _read_footer(store: Store, ref: ManifestRef, counters: Counters) -> Footer:
+async def _read_footer(store: Store, ref: ManifestRef) -> Footer:
     key = keys.manifest(ref.digest)
-    data = await _get(store, key, ref.size - ref.footer_bytes, ref.footer_bytes, counters)
+    data = await _get(store, key, ref.size - ref.footer_bytes, ref.footer_bytes)
     return await asyncio.to_thread(open_footer, ref, data)
 
 
-async def _rows(store: Store, footer: Footer, number: int, counters: Counters) -> list[PageRow]:
+async def _rows(store: Store, footer: Footer, number: int) -> list[PageRow]:
     entry = footer.entries[number]
-    data = await _get(store, keys.manifest(footer.ref.digest), entry.offset, entry.length, counters)
+    data = await _get(store, keys.manifest(footer.ref.digest), entry.offset, entry.length)
     return await asyncio.to_thread(lambda: list(footer.decode(number, data).rows()))
 
 
@@ -250,10 +241,9 @@ async def _copy(
     listing: FileListing,
     root: Path,
     pool: ThreadPoolExecutor,
-    counters: Counters,
 ) -> int:
     key = keys.pack(run.pack)
-    data = memoryview(await _get(store, key, run.start, run.end - run.start, counters))
+    data = memoryview(await _get(store, key, run.start, run.end - run.start))
     return await asyncio.get_running_loop().run_in_executor(
         pool, lambda: _write_run(run, data, key, listing, root)
     )
@@ -289,13 +279,11 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-async def _get(store: Store, key: str, start: int, length: int, counters: Counters) -> bytes:
+async def _get(store: Store, key: str, start: int, length: int) -> bytes:
     try:
         data = await store.get(key, start, length)
     except NotFound as error:
         raise MissingObject(error.key) from error
     if len(data) != length:
         raise DamagedStore(key, start, f"expected {length} bytes, found {len(data)}")
-    counters.requests += 1
-    counters.fetched_bytes += len(data)
     return data

@@ -24,8 +24,9 @@ from pathlib import Path
 from restore.branch_make import control_content, plan_branch, tablespace_creates, wal_reader
 from restore.branch_request import StoreAddress
 from restore.data_files import PlainDirectory
-from restore.eager import Counters, Progress, read_listing, write_control, write_files
+from restore.eager import Progress, read_listing, write_control, write_files
 from restore.host import Account, Host
+from restore.metered_store import MeteredStore
 from restore.plan import BACKUP_LABEL, RECOVERY_SIGNAL, BranchPlan, bounds_as_of
 from restore.settings import RecoveryBounds, format_conf
 from restore.threads import to_the_end
@@ -82,20 +83,19 @@ async def restore_directory(
     """Write the copy; raises UsageError unless the directory is empty or absent, and what reading raises."""
     began = clock.monotonic()
     created = _claim(directory)
-    store = await open_store(
-        address.url, endpoint_url=address.endpoint_url, region=address.region, clock=clock
+    store = MeteredStore(
+        await open_store(address.url, endpoint_url=address.endpoint_url, region=address.region, clock=clock)
     )
-    counters = Counters()
     try:
         history = await History.load(store, parent)
         target = await history.resolve(when, tli=tli)
         incarnation = incarnation_at(history.state, target.lsn)
-        listing = await read_listing(store, target.snapshot, counters)
+        listing = await read_listing(store, target.snapshot)
         plan = plan_branch(history, target, incarnation)
         bounds = bounds_as_of(parse_control(control_content(listing)), plan.events)
         check_room(directory, plan.snapshot.bytes + plan.replayed_bytes)
         host, owner = _owner(directory, host)
-        await write_files(store, plan.snapshot, listing, directory, owner, counters, report=report)
+        await write_files(store, plan.snapshot, listing, directory, owner, report=report)
         warnings = await to_the_end(lambda: _configure(directory, plan, bounds, listing, host))
         wal = directory / "pg_wal"
         write_histories(plan, wal, host)
@@ -111,8 +111,8 @@ async def restore_directory(
         directory=str(directory),
         target=target,
         replayed_bytes=plan.replayed_bytes,
-        requests=counters.requests,
-        fetched_bytes=counters.fetched_bytes,
+        requests=store.requests,
+        fetched_bytes=store.fetched_bytes,
         elapsed_seconds=clock.monotonic() - began,
         major=incarnation.major,
         warnings=(*warnings, *remarks),

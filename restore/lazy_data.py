@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from restore import agent
+from restore import agent, mount_table
 from restore.host import Host
 from restore.local_branch import LocalBranch
+from restore.mount_control import refresh_stats
 from restore.mount_spec import MountSpec, MountStats, encode_spec, read_stats
 from restore.overlay import Overlay
 from restore.threads import to_the_end
@@ -59,5 +61,8 @@ async def unmount_data(directory: Path, host: Host) -> None:
 
 
 def mount_stats(directory: Path) -> MountStats | None:
-    """What the mount counted since it started."""
+    """What the mount counted since it started; of a mount that is gone, the last it told."""
+    if mount_table.find(directory / "data") is not None:
+        with contextlib.suppress(OSError):
+            refresh_stats(directory / "data")
     return read_stats(directory / "stats.json")

@@ -21,9 +21,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 
-from restore.mount_control import PREFETCH_ATTRIBUTE, decode_prefetch
+from restore.mount_control import PREFETCH_ATTRIBUTE, STATS_ATTRIBUTE, decode_prefetch
 from restore.overlay import DIRECTORY, FILE, SYMLINK
-from restore.tree import ROOT, Attributes, Tree
+from restore.tree import ROOT, Tree
+from restore.tree_node import Attributes
 from timeline.errors import TimelineError
 
 _log = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ class MountOperations(pyfuse3.Operations):  # type: ignore[misc]
         self._gid = gid
         self._durable = durable
         self.traffic = Traffic()
+        self.write_stats: Callable[[], None] = lambda: None
+        """Called when somebody asks for the counters."""
         self._forgetting: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._absent = pyfuse3.EntryAttributes()
@@ -276,6 +279,9 @@ class MountOperations(pyfuse3.Operations):  # type: ignore[misc]
 
     @_answers
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
+        if inode == ROOT and name == STATS_ATTRIBUTE:
+            self.write_stats()
+            return
         if inode != ROOT or name != PREFETCH_ATTRIBUTE:
             raise OSError(errno.EOPNOTSUPP, "no attributes")
         for wanted in decode_prefetch(value):

@@ -1,7 +1,8 @@
-"""What other processes may ask of a mount: to fetch ahead what they know will be read.
+"""What other processes may ask of a mount: to fetch ahead what they know will be read, and to tell its
+counters.
 
-The request is an extended attribute set on the mount's root, so that it needs no socket and no permission
-beyond writing there: lines of ``<first block> <blocks> <path>``.
+A request is an extended attribute set on the mount's root, so that it needs no socket and no permission
+beyond writing there. To fetch ahead: lines of ``<first block> <blocks> <path>``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from timeline.format.extent import GROUP_BLOCKS
 
 PREFETCH_ATTRIBUTE = b"user.tl.prefetch"
+STATS_ATTRIBUTE = b"user.tl.stats"
 _MAX_VALUE_BYTES = 60_000
 """Below the kernel's bound for one attribute (64 KiB)."""
 
@@ -46,6 +48,12 @@ def prefetch(mountpoint: str | os.PathLike[str], wanted: Iterable[BlockRange]) -
         held += len(line)
     if lines:
         os.setxattr(mountpoint, PREFETCH_ATTRIBUTE, b"".join(lines))
+
+
+def refresh_stats(mountpoint: str | os.PathLike[str]) -> None:
+    """Have the mount write its stats file now; it is written when this returns. Raises OSError without a
+    mount."""
+    os.setxattr(mountpoint, STATS_ATTRIBUTE, b"now")
 
 
 def decode_prefetch(value: bytes) -> Iterator[BlockRange]:

@@ -90,6 +90,7 @@ async def serve(spec: MountSpec, clock: Clock, ready: Ready) -> None:
         mount_table.detach_stale(spec.mountpoint)
         _mount(operations, spec.mountpoint)
         stats = _Stats(spec, counters, operations, boot)
+        operations.write_stats = stats.write
         try:
             ready()
             _log.info("mounted %s on %s", spec.snapshot.id, spec.mountpoint)
@@ -195,7 +196,8 @@ def _mount(operations: MountOperations, mountpoint: str) -> None:
 
 
 def _tune(mountpoint: str) -> None:
-    """Raise the kernel's read-ahead and number of requests in flight, where we may; its own offer comes first."""
+    """Raise the kernel's read-ahead and number of requests in flight, where we may; its own offer comes
+    first."""
     mounted = mount_table.find(mountpoint)
     if mounted is None:
         return
