@@ -20,14 +20,21 @@ if TYPE_CHECKING:
     from timeline.archive.basebackup import BackupOptions, BackupReport, BackupStatus
     from timeline.archive.runner import Archiver
     from timeline.archive.status import ArchiverStatus
+    from timeline.catalog.branch_log import BranchLog
     from timeline.clock import Clock
+    from timeline.format.log import BranchState
     from timeline.store.base import Store
 
 SEAL_PAUSE_SECONDS = 5.0
 """How often the tail is looked at for sealing; one LIST each."""
 SEAL_RETRY_SECONDS = 60.0
 CATCH_UP_POLL_SECONDS = 0.05
+ONCE_PATIENCE_SECONDS = 20.0
+"""How long ``--once`` waits for a source or store that does not answer; a service waits for ever."""
 BACKUP_RETRIES = 3
+BASE_POLL_SECONDS = 0.02
+GAP_POLL_SECONDS = 2.0
+"""How often the archiver's status (no request) is looked at for a base backup that is due."""
 
 
 class _Rate(click.ParamType[int]):
@@ -142,6 +149,8 @@ def archive_command(
     result = asyncio.run(_Archive(settings, config, options, once=once).run())
     if settings.json:
         emit_json(result)
+    elif result.durable is None:
+        say("nothing was stored")
     else:
         say(
             f"stored up to {result.durable}: {size_text(result.wal_bytes)} of WAL as {size_text(result.stored_bytes)}"
@@ -166,6 +175,7 @@ class _Archive:
         self._stop = asyncio.Event()
         self._said: tuple[str | None, ...] = ()
         self._warned: set[str] = set()
+        self._snapshot: str | None = None
 
     async def run(self) -> ArchiveResult:
         """Until told to stop, or, with ``once``, until everything is stored."""
@@ -207,7 +217,6 @@ class _Archive:
                 for task in helpers:
                     task.cancel()
                 await asyncio.gather(streaming, *helpers, return_exceptions=True)
-            snapshot = backing_up.result() if backing_up.done() and not backing_up.cancelled() else None
         finally:
             await store.aclose()
         status = archiver.status
@@ -218,22 +227,39 @@ class _Archive:
             chunks=status.chunks,
             wal_bytes=status.wal_bytes,
             stored_bytes=status.stored_bytes,
-            snapshot=snapshot,
+            snapshot=self._snapshot,
             elapsed_seconds=self._clock.monotonic() - began,
         )
 
     async def _ensure_base(self, archiver: Archiver, store: Store) -> str | None:
-        """Take the first base backup once the slot holds WAL (EDGE 2); the snapshot's id, if one was taken."""
-        from timeline.archive.basebackup import take_base_backup
+        """Take a base backup when there is none, or none after a gap; the id of the first one taken.
+
+        With ``once`` it returns when nothing is missing, else it goes on watching for gaps.
+        """
+        from timeline.archive.status import Phase
         from timeline.catalog.branch_log import BranchLog
         from timeline.ids import MAIN
 
+        # The slot must hold WAL before the backup begins (EDGE 2); a gap is recorded before the stream does.
         await archiver.begun.wait()
         log = BranchLog(store, MAIN, self._clock, self._clock.token(8))
+        checked = False
+        while True:
+            if archiver.status.phase in (Phase.CATCHING_UP, Phase.STREAMING) and not (
+                checked and not archiver.status.needs_base
+            ):
+                head = await log.load()
+                if head is not None and _lacks_base(head.state):
+                    self._snapshot = await self._take_base(store, log)
+                checked = True
+                if self._once:
+                    return self._snapshot
+            await self._clock.sleep(BASE_POLL_SECONDS if not checked else GAP_POLL_SECONDS)
+
+    async def _take_base(self, store: Store, log: BranchLog) -> str:
+        from timeline.archive.basebackup import take_base_backup
+
         for attempt in range(1, BACKUP_RETRIES + 1):
-            head = await log.load()
-            if head is not None and head.state.snapshots and not archiver.status.needs_base:
-                return None
             note("taking a base backup (the source's files are read once)")
             try:
                 with backup_progress() as progress:
@@ -279,7 +305,14 @@ class _Archive:
         """Stop the archiver when a base backup is there and the position the source then has is stored."""
         from timeline.archive.source import Source
 
-        await asyncio.wait({backing_up})
+        waiting_since: float | None = None
+        while not backing_up.done():
+            await asyncio.wait({backing_up}, timeout=0.2)
+            status = archiver.status
+            now = self._clock.monotonic()
+            waiting_since = (waiting_since or now) if status.phase == "waiting" else None
+            if waiting_since is not None and now - waiting_since > ONCE_PATIENCE_SECONDS:
+                raise Unavailable(status.error or "the source does not answer", hint=status.hint)
         if backing_up.exception() is not None:
             return
         source = await Source.open(self._config.conninfo)
@@ -304,6 +337,12 @@ class _Archive:
         note(f"{status.phase}{where}" + (f": {status.error}" if status.error else ""))
         if status.hint:
             note(f"hint: {status.hint}")
+
+
+def _lacks_base(state: BranchState) -> bool:
+    """Whether nothing can be restored at the head: no snapshot, or none after the last gap."""
+    newest = max((snapshot.lsn for snapshot in state.snapshots), default=None)
+    return newest is None or any(gap.end > newest for gap in state.gaps)
 
 
 @contextlib.contextmanager
