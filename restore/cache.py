@@ -43,7 +43,8 @@ class WouldBlock(Exception):
 
 
 class DiskCache:
-    """The cache in one directory, bounded to ``bound_bytes`` (0: no cache). Methods are thread-safe, but ``load_part``."""
+    """The cache in one directory, bounded to ``bound_bytes`` (0: no cache). Methods are thread-safe, but
+    ``load_part``."""
 
     def __init__(self, directory: Path | str | None, bound_bytes: int, clock: Clock) -> None:
         self._clock = clock
@@ -83,7 +84,8 @@ class DiskCache:
         return None
 
     def load_part(self, digest: bytes, start: int, stop: int) -> bytes | None:
-        """Bytes [start, stop) of an entry of at most PART_ENTRY_BYTES, all of which is verified; ``None``: not here.
+        """Bytes [start, stop) of an entry of at most PART_ENTRY_BYTES, all of which is verified;
+        ``None``: not here.
 
         Never waits for the disk: raises WouldBlock instead. Not thread-safe (it verifies in a buffer of its
         own, for making one of that size costs as much as all the rest).

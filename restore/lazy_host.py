@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from restore.host import Host
-from restore.overlay import OverlayUnusable, probe_file_system
+from restore.sparse import OverlayUnusable, probe_file_system
 
 _DEVICE = Path("/dev/fuse")
 

@@ -1,7 +1,7 @@
 """The content of one file of a branch: what was written over what the snapshot has.
 
 Below the valid mark, a hole of the overlay's file shows the snapshot; above it there are zeros or what was
-written. Every write below the mark covers whole units (overlay.UNIT_BYTES), completed with the snapshot's
+written. Every write below the mark covers whole units (sparse.UNIT_BYTES), completed with the snapshot's
 bytes where the caller gave fewer, so that a unit is either local or not.
 
 Concurrency: one event loop. What is local is looked up *after* the snapshot's bytes have arrived and in the
@@ -16,7 +16,8 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
-from restore.overlay import UNIT_BYTES, Overlay, data_ranges, is_local
+from restore.overlay import Overlay
+from restore.sparse import UNIT_BYTES, data_ranges, is_local
 
 _GROUP_BYTES = 128 << 10
 

@@ -21,7 +21,6 @@ Everything here is synchronous, touches the local disk only, and raises OSError 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import itertools
@@ -29,28 +28,16 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from timeline.errors import TimelineError, UsageError
-
-UNIT_BYTES = 4096
-"""Granularity of what is local: writes below the valid mark always cover whole units."""
+from restore.sparse import ATTRIBUTE, OverlayUnusable, exchange, probe_file_system
+from timeline.errors import UsageError
 
 FILE, DIRECTORY, SYMLINK, WHITEOUT = "f", "d", "l", "w"
 
-_BASE = "user.tl.base"
 _VERSION = 1
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 _TABLESPACES = "pg_tblspc"
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class OverlayUnusable(TimelineError):
-    """The file system cannot hold an overlay, or the overlay there cannot be trusted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +66,7 @@ class _Mark:
     dies_at: str | None
 
 
-_NO_BASE = _Mark(False, None, 0, None)
+_NOATTRIBUTE = _Mark(False, None, 0, None)
 _GONE = _Mark(True, None, 0, None)
 
 
@@ -109,7 +96,7 @@ class Overlay:
         probe_file_system(path)
         (path / "tmp").mkdir(mode=0o700, exist_ok=True)
         (path / "tree").mkdir(mode=0o700)
-        os.setxattr(path / "tree", _BASE, _encode("", 0))
+        os.setxattr(path / "tree", ATTRIBUTE, _encode("", 0))
         marker = path / "tmp" / "overlay.json"
         marker.write_text(json.dumps({"version": _VERSION, "boot_id": boot_id()}))
         marker.rename(path / "overlay.json")
@@ -271,7 +258,7 @@ class Overlay:
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(fd, size)
-            os.setxattr(fd, _BASE, _encode(base, size))
+            os.setxattr(fd, ATTRIBUTE, _encode(base, size))
             os.fchmod(fd, mode | 0o600)
             os.rename(temporary, self._real(path))
         except BaseException:
@@ -296,13 +283,13 @@ class Overlay:
         os.ftruncate(fd, size)
         if size >= valid_bytes or base is None:
             return valid_bytes
-        os.setxattr(fd, _BASE, _encode(base, size))
+        os.setxattr(fd, ATTRIBUTE, _encode(base, size))
         return size
 
     def settle_valid(self, fd: int, base: str, valid_bytes: int) -> None:
         """Write the valid mark that counts, before a file is used: a crash may have left a greater one."""
-        if _decode(os.getxattr(fd, _BASE)).valid_bytes != valid_bytes:
-            os.setxattr(fd, _BASE, _encode(base, valid_bytes))
+        if _decode(os.getxattr(fd, ATTRIBUTE)).valid_bytes != valid_bytes:
+            os.setxattr(fd, ATTRIBUTE, _encode(base, valid_bytes))
 
     def add_dir(self, path: str, mode: int) -> None:
         """Make a directory that shows nothing of the snapshot's."""
@@ -333,7 +320,7 @@ class Overlay:
         if hide:
             self._new_whiteout(temporary)
             if self.has_dir(path):
-                _exchange(temporary, self._real(path))
+                exchange(temporary, self._real(path))
             else:
                 os.rename(temporary, self._real(path))
                 return
@@ -357,12 +344,12 @@ class Overlay:
         elif occupant.kind in (FILE, DIRECTORY):
             parent = os.stat(os.path.dirname(source)).st_ino
             where = f"{parent}/{os.path.basename(source)}"
-            os.setxattr(target, _BASE, _encode(occupant.base, occupant.valid_bytes, dies_at=where))
+            os.setxattr(target, ATTRIBUTE, _encode(occupant.base, occupant.valid_bytes, dies_at=where))
         elif occupant.kind == SYMLINK:
             # A symlink cannot carry the mark; Postgres renames over none, and its going first loses nothing.
             self._place_whiteout(new)
         self._clear_death(source)
-        _exchange(source, target)
+        exchange(source, target)
         leftover = stat.S_ISDIR(os.lstat(source).st_mode)
         if leftover:
             self.remove_dir(old, hide=hide_old)
@@ -412,7 +399,7 @@ class Overlay:
 
     def _new_whiteout(self, real: str) -> None:
         os.close(os.open(real, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        os.setxattr(real, _BASE, b"w")
+        os.setxattr(real, ATTRIBUTE, b"w")
 
     def _place_whiteout(self, path: str) -> None:
         temporary = self._temporary()
@@ -424,20 +411,20 @@ class Overlay:
         os.mkdir(temporary, 0o700)
         os.chmod(temporary, mode | 0o700)
         if base is not None:
-            os.setxattr(temporary, _BASE, _encode(base, 0))
+            os.setxattr(temporary, ATTRIBUTE, _encode(base, 0))
         real = self._real(path)
         if os.path.lexists(real):
-            _exchange(temporary, real)
+            exchange(temporary, real)
             os.unlink(temporary)
         else:
             os.rename(temporary, real)
 
     def _mark(self, real: str) -> _Mark:
         try:
-            value = os.getxattr(real, _BASE)
+            value = os.getxattr(real, ATTRIBUTE)
         except OSError as error:
             if error.errno == errno.ENODATA:
-                return _NO_BASE
+                return _NOATTRIBUTE
             raise
         mark = _decode(value)
         if mark.dies_at is not None:
@@ -452,28 +439,7 @@ class Overlay:
             return
         mark = self._mark(real)
         if mark.dies_at is not None:
-            os.setxattr(real, _BASE, _encode(mark.base, mark.valid_bytes))
-
-
-def data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The local ranges within [start, end), ascending; what is between them are holes."""
-    while start < end:
-        try:
-            start = os.lseek(fd, start, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        if start >= end:
-            return
-        stop = min(os.lseek(fd, start, os.SEEK_HOLE), end)
-        yield start, stop
-        start = stop
-
-
-def is_local(fd: int, start: int, end: int) -> bool:
-    """Whether [start, end), inside the file, has no hole."""
-    return os.lseek(fd, start, os.SEEK_HOLE) >= end
+            os.setxattr(real, ATTRIBUTE, _encode(mark.base, mark.valid_bytes))
 
 
 def boot_id() -> str:
@@ -482,72 +448,6 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return "unknown"
-
-
-def probe_file_system(directory: Path) -> None:
-    """Raise OverlayUnusable unless files there tell data from holes at UNIT_BYTES and carry attributes."""
-    probe = directory / f".probe.{os.getpid()}"
-    other = directory / f".probe2.{os.getpid()}"
-    try:
-        fd = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            _probe_attributes(fd, directory)
-            _probe_holes(fd, directory)
-            _probe_exchange(probe, other, directory)
-        finally:
-            os.close(fd)
-    finally:
-        for leftover in (probe, other):
-            leftover.unlink(missing_ok=True)
-
-
-_CURE = "put the state directory (TL_STATE) on ext4, xfs, btrfs or tmpfs"
-
-
-def _probe_attributes(fd: int, directory: Path) -> None:
-    try:
-        os.setxattr(fd, _BASE, b"w")
-    except OSError as error:
-        raise OverlayUnusable(
-            f"the file system of {directory} has no user extended attributes: {error.strerror}", hint=_CURE
-        ) from error
-
-
-def _probe_holes(fd: int, directory: Path) -> None:
-    expected = [(2 * UNIT_BYTES, 3 * UNIT_BYTES), (16 * UNIT_BYTES, 17 * UNIT_BYTES)]
-    os.ftruncate(fd, 256 * UNIT_BYTES)
-    os.pwrite(fd, b"\x5a" * UNIT_BYTES, expected[0][0])
-    os.pwrite(fd, bytes(UNIT_BYTES), expected[1][0])
-    for moment in ("as written", "after fsync"):
-        found = list(data_ranges(fd, 0, 256 * UNIT_BYTES))
-        if found != expected:
-            raise OverlayUnusable(
-                f"the file system of {directory} does not tell data from holes at {UNIT_BYTES} bytes"
-                f" ({moment}: expected {expected}, found {found})",
-                hint=_CURE,
-            )
-        os.fsync(fd)
-
-
-def _probe_exchange(probe: Path, other: Path, directory: Path) -> None:
-    other.mkdir()
-    try:
-        _exchange(os.fspath(probe), os.fspath(other))
-        _exchange(os.fspath(probe), os.fspath(other))
-    except OSError as error:
-        raise OverlayUnusable(
-            f"the file system of {directory} cannot exchange two names: {error.strerror}", hint=_CURE
-        ) from error
-    finally:
-        if other.is_dir():
-            other.rmdir()
-
-
-def _exchange(one: str, two: str) -> None:
-    """Swap two names in one step (renameat2 with RENAME_EXCHANGE)."""
-    if _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), one, None, two)
 
 
 def _plain_rename_works(moved: Entry | None, occupant: Entry) -> bool:
@@ -567,7 +467,7 @@ def _decode(value: bytes) -> _Mark:
         return _GONE
     parts = value.decode("utf-8", "surrogateescape").split("\0")
     if len(parts) not in (2, 3) or not parts[0].isdigit() or parts[1][:1] not in ("+", "-"):
-        raise OSError(errno.EIO, f"damaged attribute {_BASE}: {value!r}")
+        raise OSError(errno.EIO, f"damaged attribute {ATTRIBUTE}: {value!r}")
     base = parts[1][1:] if parts[1][0] == "+" else None
     return _Mark(False, base, int(parts[0]), parts[2] if len(parts) == 3 else None)
 

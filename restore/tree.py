@@ -19,12 +19,18 @@ import itertools
 import os
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
 
-from restore.open_file import BaseContent, OpenFile
+from restore.open_file import OpenFile
 from restore.overlay import DIRECTORY, FILE, SYMLINK, WHITEOUT, Entry, Overlay, is_tablespace_path
-from restore.read_ahead import ReadAhead
+from restore.tree_node import (
+    Attributes,
+    DirectoryHandle,
+    Handle,
+    Node,
+    SnapshotContent,
+    shown_kind,
+    shown_mode,
+)
 from timeline.format.extent import GROUP_BYTES
 from timeline.format.file_listing import FileListing
 from timeline.format.manifest import FileRow
@@ -33,63 +39,6 @@ ROOT = 1
 _FIRST_ROW = 2
 FIRST_OWN = 1 << 40
 """Inodes from here on are not the snapshot's."""
-
-
-class SnapshotContent(BaseContent, Protocol):
-    """The content of one of the snapshot's files."""
-
-    def read_ahead(self, groups: range) -> int:
-        """Begin to fetch these groups; the first one that was not taken on, for the time being."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Attributes:
-    """What ``stat`` tells."""
-
-    inode: int
-    kind: str
-    """FILE, DIRECTORY or SYMLINK."""
-    size: int
-    mode: int
-    """Permission bits."""
-    mtime_ns: int
-    links: int
-
-
-@dataclass(slots=True, eq=False)
-class _Node:
-    """One file, directory or symlink at its present place."""
-
-    inode: int
-    parent: _Node | None
-    name: str
-    kind: str
-    base: str | None
-    """Snapshot path that shows through."""
-    lookups: int = 0
-    """References the kernel holds; of the snapshot's own inodes they are counted in Tree._row_lookups."""
-    opens: int = 0
-    file: OpenFile | None = None
-    content: SnapshotContent | None = None
-    gone: bool = False
-    """Removed or replaced, and still open or known."""
-
-
-@dataclass(slots=True, eq=False)
-class _Handle:
-    node: _Node
-    file: OpenFile
-    ahead: ReadAhead = field(default_factory=ReadAhead)
-
-
-@dataclass(slots=True, eq=False)
-class _DirectoryHandle:
-    node: _Node
-    own: list[str]
-    """Names the overlay had when the directory was opened, whiteouts included, sorted."""
-    own_set: frozenset[str]
-    rows: range
 
 
 class Tree:
@@ -107,15 +56,15 @@ class Tree:
         self._content = content
         self.overlay = overlay
         self._mtime_ns = snapshot_mtime_ns
-        self._root = _Node(ROOT, None, "", DIRECTORY, "", lookups=1)
-        self._nodes: dict[int, _Node] = {ROOT: self._root}
-        self._own: dict[tuple[int, str], _Node] = {}
+        self._root = Node(ROOT, None, "", DIRECTORY, "", lookups=1)
+        self._nodes: dict[int, Node] = {ROOT: self._root}
+        self._own: dict[tuple[int, str], Node] = {}
         """The branch's own nodes by (parent inode, name)."""
         self._row_lookups = array("I", bytes(4 * len(listing)))
         self._inodes = itertools.count(FIRST_OWN)
         self._handle_numbers = itertools.count(1)
-        self._handles: dict[int, _Handle] = {}
-        self._directories: dict[int, _DirectoryHandle] = {}
+        self._handles: dict[int, Handle] = {}
+        self._directories: dict[int, DirectoryHandle] = {}
 
     @property
     def nodes(self) -> int:
@@ -165,7 +114,7 @@ class Tree:
         own = sorted(self.overlay.names(self._path(node)))
         rows = self._listing.numbers(node.base) if node.base is not None else range(0)
         number = next(self._handle_numbers)
-        self._directories[number] = _DirectoryHandle(node, own, frozenset(own), rows)
+        self._directories[number] = DirectoryHandle(node, own, frozenset(own), rows)
         return number
 
     def read_directory(self, handle: int, after: int) -> Iterator[tuple[str, Attributes, int]]:
@@ -372,7 +321,7 @@ class Tree:
         old_directory = self._node(parent, DIRECTORY)
         new_directory = self._node(new_parent, DIRECTORY)
         node, _ = self._find(old_directory, name)
-        target: _Node | None
+        target: Node | None
         try:
             target, _ = self._find(new_directory, new_name)
         except FileNotFoundError:
@@ -403,7 +352,7 @@ class Tree:
 
     # Where nodes come from and go to.
 
-    def _node(self, inode: int, kind: str | None = None) -> _Node:
+    def _node(self, inode: int, kind: str | None = None) -> Node:
         node = self._nodes.get(inode)
         if node is None:
             if not _FIRST_ROW <= inode < _FIRST_ROW + len(self._listing):
@@ -420,7 +369,7 @@ class Tree:
             raise _error(wrong, node.name)
         return node
 
-    def _row_node(self, number: int) -> _Node:
+    def _row_node(self, number: int) -> Node:
         """The node of a snapshot's name that lies where the listing says: any other is in ``_nodes``."""
         row = self._listing.row(number)
         directory, name = os.path.split(row.path)
@@ -428,18 +377,18 @@ class Tree:
         entry = self.overlay.lookup(self._child_path(parent, name))
         if entry is not None and entry.base != row.path:
             raise _error(errno.ESTALE, row.path)
-        node = _Node(number + _FIRST_ROW, parent, name, _shown_kind(row), row.path)
+        node = Node(number + _FIRST_ROW, parent, name, shown_kind(row), row.path)
         if node.kind == DIRECTORY:
             self._nodes[node.inode] = node
         return node
 
-    def _directory_node(self, path: str) -> _Node:
+    def _directory_node(self, path: str) -> Node:
         number = self._listing.find(path)
         if number is None:
             raise _error(errno.ESTALE, path)
         return self._node(number + _FIRST_ROW, DIRECTORY)
 
-    def _find(self, parent: _Node, name: str, entry: Entry | None = None) -> tuple[_Node, Entry | None]:
+    def _find(self, parent: Node, name: str, entry: Entry | None = None) -> tuple[Node, Entry | None]:
         """The node of a name, and what the overlay has there."""
         if parent.kind != DIRECTORY:
             raise _error(errno.ENOTDIR, parent.name)
@@ -459,22 +408,22 @@ class Tree:
             return self._new_own(parent, name, entry.kind, entry.base), entry
         node = self._nodes.get(number + _FIRST_ROW)
         if node is None:
-            kind = entry.kind if entry is not None else _shown_kind(self._listing.row(number))
-            node = _Node(number + _FIRST_ROW, parent, name, kind, base)
+            kind = entry.kind if entry is not None else shown_kind(self._listing.row(number))
+            node = Node(number + _FIRST_ROW, parent, name, kind, base)
         return node, entry
 
-    def _new_own(self, parent: _Node, name: str, kind: str, base: str | None) -> _Node:
-        node = _Node(next(self._inodes), parent, name, kind, base)
+    def _new_own(self, parent: Node, name: str, kind: str, base: str | None) -> Node:
+        node = Node(next(self._inodes), parent, name, kind, base)
         self._nodes[node.inode] = node
         self._own[(parent.inode, name)] = node
         return node
 
-    def _hold(self, node: _Node) -> None:
+    def _hold(self, node: Node) -> None:
         """Keep a node in memory if its place does not follow from its number."""
         if node.kind == DIRECTORY or node.opens or node.gone or self._displaced(node):
             self._nodes[node.inode] = node
 
-    def _settle(self, node: _Node) -> None:
+    def _settle(self, node: Node) -> None:
         """Let a node go that nobody can ask for, or that can be made again."""
         if node.opens or node.inode == ROOT:
             return
@@ -490,12 +439,12 @@ class Tree:
         if node.parent is not None and self._own.get((node.parent.inode, node.name)) is node:
             del self._own[(node.parent.inode, node.name)]
 
-    def _displaced(self, node: _Node) -> bool:
+    def _displaced(self, node: Node) -> bool:
         if node.inode >= FIRST_OWN or node.parent is None:
             return False
         return node.parent.base is None or _join(node.parent.base, node.name) != node.base
 
-    def _detach(self, node: _Node) -> None:
+    def _detach(self, node: Node) -> None:
         """The name is gone; an open file lives on."""
         if node.parent is not None and self._own.get((node.parent.inode, node.name)) is node:
             del self._own[(node.parent.inode, node.name)]
@@ -505,21 +454,21 @@ class Tree:
 
     # Places and contents.
 
-    def _path(self, node: _Node) -> str:
+    def _path(self, node: Node) -> str:
         parts = []
-        at: _Node | None = node
+        at: Node | None = node
         while at is not None and at.parent is not None:
             parts.append(at.name)
             at = at.parent
         return "/".join(reversed(parts))
 
-    def _child_path(self, parent: _Node, name: str) -> str:
+    def _child_path(self, parent: Node, name: str) -> str:
         return _join(self._path(parent), name)
 
-    def _in_snapshot(self, parent: _Node, name: str) -> bool:
+    def _in_snapshot(self, parent: Node, name: str) -> bool:
         return parent.base is not None and self._listing.find(_join(parent.base, name)) is not None
 
-    def _directory_for_new(self, parent: int, name: str) -> _Node:
+    def _directory_for_new(self, parent: int, name: str) -> Node:
         """The directory, made local, after making sure that the name is free."""
         directory = self._node(parent, DIRECTORY)
         try:
@@ -532,7 +481,7 @@ class Tree:
         self._settle(node)
         raise _error(errno.EEXIST, name)
 
-    def _make_local(self, node: _Node) -> None:
+    def _make_local(self, node: Node) -> None:
         """Make sure that the overlay has it."""
         if node.parent is None or node.gone:
             return
@@ -546,22 +495,22 @@ class Tree:
         if row is None:
             raise _error(errno.ENOENT, path)
         if node.kind == DIRECTORY:
-            self.overlay.adopt_dir(path, node.base, _shown_mode(row))
+            self.overlay.adopt_dir(path, node.base, shown_mode(row))
         elif node.file is not None:
             node.file.make_local()
         else:
-            os.close(self.overlay.adopt_file(path, node.base, row.size, _shown_mode(row)))
+            os.close(self.overlay.adopt_file(path, node.base, row.size, shown_mode(row)))
 
-    def _adopt(self, node: _Node, size: int) -> int:
+    def _adopt(self, node: Node, size: int) -> int:
         """A local file for one that had none, called by OpenFile before the first change."""
         if node.gone or node.parent is None or node.base is None:
             return self.overlay.anonymous_file(size)
         row = self._listing.get(node.base)
         self._make_local(node.parent)
-        mode = 0o600 if row is None else _shown_mode(row)
+        mode = 0o600 if row is None else shown_mode(row)
         return self.overlay.adopt_file(self._path(node), node.base, size, mode)
 
-    def _open_file(self, node: _Node) -> OpenFile:
+    def _open_file(self, node: Node) -> OpenFile:
         """The content, opened once for all who have it open."""
         if node.file is None:
             node.file = self._new_file(node)
@@ -569,7 +518,7 @@ class Tree:
         self._nodes[node.inode] = node
         return node.file
 
-    def _close_file(self, node: _Node) -> None:
+    def _close_file(self, node: Node) -> None:
         node.opens -= 1
         if node.opens == 0 and node.file is not None:
             node.file.close()
@@ -577,7 +526,7 @@ class Tree:
             node.content = None
             self._settle(node)
 
-    def _new_file(self, node: _Node) -> OpenFile:
+    def _new_file(self, node: Node) -> OpenFile:
         if node.gone:
             raise _error(errno.ESTALE, node.name)
         path = self._path(node)
@@ -605,12 +554,12 @@ class Tree:
             adopt=lambda: self._adopt(node, size),
         )
 
-    def _add_handle(self, node: _Node, file: OpenFile) -> int:
+    def _add_handle(self, node: Node, file: OpenFile) -> int:
         number = next(self._handle_numbers)
-        self._handles[number] = _Handle(node, file)
+        self._handles[number] = Handle(node, file)
         return number
 
-    def _attributes(self, node: _Node, entry: Entry | None) -> Attributes:
+    def _attributes(self, node: Node, entry: Entry | None) -> Attributes:
         if node.gone:
             size = node.file.size if node.file is not None else 0
             return Attributes(node.inode, node.kind, size, 0o600, self._mtime_ns, 0)
@@ -624,12 +573,12 @@ class Tree:
         return Attributes(node.inode, node.kind, size, entry.mode, entry.mtime_ns, 1)
 
     def _row_attributes(self, number: int, row: FileRow) -> Attributes:
-        kind = _shown_kind(row)
+        kind = shown_kind(row)
         size = row.size if kind == FILE else 0
         links = 1 if kind == FILE else 2
-        return Attributes(number + _FIRST_ROW, kind, size, _shown_mode(row), self._mtime_ns, links)
+        return Attributes(number + _FIRST_ROW, kind, size, shown_mode(row), self._mtime_ns, links)
 
-    def _check_empty(self, node: _Node) -> None:
+    def _check_empty(self, node: Node) -> None:
         handle = self.open_directory(node.inode) if node.inode in self._nodes else self._open_unknown(node)
         try:
             for _, attributes, _ in self.read_directory(handle, 0):
@@ -638,11 +587,11 @@ class Tree:
         finally:
             self.release_directory(handle)
 
-    def _open_unknown(self, node: _Node) -> int:
+    def _open_unknown(self, node: Node) -> int:
         self._nodes[node.inode] = node
         return self.open_directory(node.inode)
 
-    def _check_replaceable(self, node: _Node, target: _Node, name: str, *, replace: bool) -> None:
+    def _check_replaceable(self, node: Node, target: Node, name: str, *, replace: bool) -> None:
         if not replace:
             raise _error(errno.EEXIST, name)
         if node.kind == DIRECTORY:
@@ -651,16 +600,6 @@ class Tree:
             self._check_empty(target)
         elif target.kind == DIRECTORY:
             raise _error(errno.EISDIR, name)
-
-
-def _shown_kind(row: FileRow) -> str:
-    return FILE if row.kind == FILE else DIRECTORY
-
-
-def _shown_mode(row: FileRow) -> int:
-    if row.kind == FILE:
-        return row.mode & 0o7777 | 0o600
-    return (row.mode & 0o7777 if row.kind == DIRECTORY else 0o700) | 0o700
 
 
 def _join(directory: str, name: str) -> str:

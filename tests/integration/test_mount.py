@@ -20,7 +20,8 @@ import pytest
 from restore import agent, mount_table
 from restore.mount_control import BlockRange, prefetch
 from restore.mount_spec import encode_spec
-from restore.overlay import Overlay, OverlayUnusable, probe_file_system
+from restore.overlay import Overlay
+from restore.sparse import OverlayUnusable, probe_file_system
 from tests.fix_stores import BUCKET, fresh_prefix
 from tests.support.lazy_branch import (
     LazyBranch,

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from restore import overlay
+from restore import overlay, sparse
 from restore.tree import Tree
 from tests.support.tree_snapshot import everything, inode_of, listing_of, run, tree_of
 
@@ -383,4 +383,4 @@ def die_after(survived: int, patch: pytest.MonkeyPatch) -> None:
 
     for point in KILL_POINTS:
         patch.setattr(os, point, counted(getattr(os, point)))
-    patch.setattr(overlay, "_exchange", counted(overlay._exchange))
+    patch.setattr(overlay, "exchange", counted(sparse.exchange))
