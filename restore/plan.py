@@ -79,6 +79,7 @@ class BranchPlan:
     parent's bytes below the fork (EDGE 17), so spans need not begin at segment boundaries."""
     segments: tuple[SegmentFile, ...]
     histories: tuple[HistoryFile, ...]
+    """Of every tli in the store."""
     recovery: tuple[Setting, ...]
     """Recovery target; all but ``restore_command``."""
     events: tuple[WalEvent, ...]
@@ -126,7 +127,7 @@ def make_plan(
         last_record=last_record,
         spans=spans,
         segments=_segments(spans, segment_bytes),
-        histories=_histories(tlis, {span.tli for span in spans} | {tli}),
+        histories=_histories(tlis),
         recovery=_recovery(snapshot, tli, last_record),
         events=tuple(events),
         hidden=_HIDDEN if snapshot.backup_label is not None else (*_HIDDEN, BACKUP_LABEL),
@@ -205,11 +206,11 @@ def _segments(spans: Sequence[WalSpan], segment_bytes: int) -> tuple[SegmentFile
     return tuple(segments)
 
 
-def _histories(tlis: Sequence[Tli], wanted: set[int]) -> tuple[HistoryFile, ...]:
+def _histories(tlis: Sequence[Tli]) -> tuple[HistoryFile, ...]:
+    # Not T's line alone: Postgres numbers its new tli past the history files it finds, and a number that
+    # the store has already given to another line could never be archived (EDGE 19).
     return tuple(
-        HistoryFile(history_name(entry.tli), entry.history)
-        for entry in tlis
-        if entry.tli in wanted and entry.history is not None
+        HistoryFile(history_name(entry.tli), entry.history) for entry in tlis if entry.history is not None
     )
 
 

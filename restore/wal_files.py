@@ -96,7 +96,7 @@ class Feed:
 
 
 def write_histories(plan: BranchPlan, directory: Path, host: Host) -> None:
-    """The history files of T's line."""
+    """The history files that the plan names."""
     for history in plan.histories:
         path = directory / history.name
         path.write_text(history.text)

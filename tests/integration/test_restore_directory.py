@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +17,8 @@ from restore.eager import Progress
 from restore.export import RestoreResult, restore_directory
 from restore.host import find_host
 from tests.support.archived_server import ArchivedServer, archived_server
-from tests.support.postgres import PostgresServer, free_port, scratch
+from tests.support.postgres import PostgresServer, scratch
+from tests.support.restored import started
 from timeline.catalog.when import AtLsn
 from timeline.clock import SystemClock
 from timeline.errors import DamagedStore, TargetUnreachable, UsageError
@@ -79,25 +78,6 @@ def restore(
             report=report,
         )
     )
-
-
-@contextlib.contextmanager
-def started(source: PostgresServer, home: Path) -> Iterator[PostgresServer]:
-    """Stock Postgres on ``home/data``."""
-    copy = PostgresServer(source.major, home)
-    copy.make_directory(home)
-    copy.port = free_port()
-    copy.configure({"port": str(copy.port), "unix_socket_directories": f"'{copy.sockets}'"})
-    try:
-        copy.start()
-        # Without hot standby pg_ctl takes the beginning of recovery for its end.
-        deadline = time.monotonic() + 60
-        while "ready" not in (copy.data / "postmaster.pid").read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        yield copy
-    finally:
-        copy.stop("immediate")
 
 
 @both_majors

@@ -129,6 +129,12 @@ def test_a_snapshot_of_another_line_is_refused() -> None:
         plan(6 * MIB, snapshot=foreign)
 
 
+def test_histories_of_other_lines_are_there_too() -> None:
+    """EDGE 19: so that Postgres gives the new line a tli of its own."""
+    made = plan(6 * MIB, tlis=(tli(1), tli(2, 1, "1\t0/7\tx\n"), tli(3, 2, HISTORY_3)))
+    assert [each.name for each in made.histories] == ["00000002.history", "00000003.history"]
+
+
 def test_a_missing_history_file_is_an_error() -> None:
     with pytest.raises(TimelineError, match="history file of tli 2"):
         plan(8 * MIB, on=2, tlis=(tli(1), tli(2, 1)))
