@@ -33,6 +33,8 @@ def postgres(make_postgres: Callable[..., PostgresServer]) -> PostgresServer:
 
 
 @pytest.fixture(params=MAJORS, ids=lambda major: f"pg{major}")
-def each_postgres(request: pytest.FixtureRequest, make_postgres: Callable[..., PostgresServer]) -> PostgresServer:
+def each_postgres(
+    request: pytest.FixtureRequest, make_postgres: Callable[..., PostgresServer]
+) -> PostgresServer:
     """A fresh server of every major version that `make test` covers."""
     return make_postgres(request.param)
