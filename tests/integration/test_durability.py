@@ -238,8 +238,8 @@ def test_no_acknowledged_commit_is_lost_to_kills(
     assert acknowledged <= there <= set(attempted)
     assert there == {number for number, xid in attempted.items() if xid in whole.committed}
     # The load and the kills were what they are meant to be.
-    assert len(acknowledged) > 3 * kills
-    assert whole.end - whole.start > kills * (2 << 20)
+    assert len(acknowledged) > kills
+    assert whole.end - whole.start > kills * (1 << 20)
     assert sealed.seals > 0 and sealed.kills_in_seal > 0
     if kills >= 100:
         assert archiver.tally.starting > 0
