@@ -31,7 +31,7 @@ from restore.branch_request import (
 )
 from restore.branches import Branches
 from restore.compute import Instance, Postmaster, find_postmaster, kill, launch, stop
-from restore.host import Host, find_host
+from restore.host import Host, find_host, told_plainly
 from restore.lazy_data import mount_stats, remount_data, unmount_data
 from restore.lazy_host import lazy_obstacle
 from restore.local_branch import COPY, DELETING, LAZY, READY, LocalBranch, Server
@@ -85,10 +85,11 @@ class HostBranches:
         with lock:
             maker = BranchMaker(request, branch, self.registry, self._clock, self._environ)
             try:
-                branch = dataclasses.replace(await maker.make(), phase=READY)
-                if branch.expires is not None:
-                    await self._register_expiry(branch)
-                self.registry.save(branch)
+                with told_plainly():
+                    branch = dataclasses.replace(await maker.make(), phase=READY)
+                    if branch.expires is not None:
+                        await self._register_expiry(branch)
+                    self.registry.save(branch)
             except BaseException:
                 await asyncio.shield(self._remove(maker.branch))
                 raise
@@ -106,7 +107,8 @@ class HostBranches:
         with self.registry.lock(branch):
             branch = self.registry.reread(branch)
             if self._state(branch) != "running":
-                branch = await self._start(branch)
+                with told_plainly():
+                    branch = await self._start(branch)
         return self._result(branch, self._clock.monotonic() - began, 0, 0)
 
     async def stop(self, name: str) -> None:

@@ -228,12 +228,14 @@ class BranchMaker:
     async def _copy(self, store: Store, plan: BranchPlan, binaries: Binaries, wal: Path) -> None:
         """Copy: write everything, pg_control last."""
         size = plan.snapshot.bytes
-        if self.request.mode == AUTO and size > COPY_LIMIT_BYTES:
-            raise UsageError(
-                f"this host cannot show the database lazily ({lazy_obstacle(self._host)}), "
-                f"and a copy takes {size >> 30} GiB",
-                hint="--mode copy makes it all the same",
-            )
+        if self.request.mode == AUTO:
+            obstacle = lazy_obstacle(self._host)
+            if size > COPY_LIMIT_BYTES:
+                raise UsageError(
+                    f"this host cannot show the database lazily ({obstacle}), and a copy takes {size >> 30} GiB",
+                    hint="--mode copy makes it all the same",
+                )
+            self._warnings.append(f"a full copy, because {obstacle}")
         check_room(self._directory, size)
         listing = await read_listing(store, plan.snapshot)
         data = self._host.make_private(self.data)

@@ -25,7 +25,7 @@ from restore.branch_make import control_content, plan_branch, tablespace_creates
 from restore.branch_request import StoreAddress
 from restore.data_files import PlainDirectory
 from restore.eager import Progress, read_listing, write_control, write_files
-from restore.host import Account, Host
+from restore.host import Account, Host, told_plainly
 from restore.metered_store import MeteredStore
 from restore.plan import BACKUP_LABEL, RECOVERY_SIGNAL, BranchPlan, bounds_as_of
 from restore.settings import RecoveryBounds, format_conf
@@ -87,21 +87,22 @@ async def restore_directory(
         await open_store(address.url, endpoint_url=address.endpoint_url, region=address.region, clock=clock)
     )
     try:
-        history = await History.load(store, parent)
-        target = await history.resolve(when, tli=tli)
-        incarnation = incarnation_at(history.state, target.lsn)
-        listing = await read_listing(store, target.snapshot)
-        plan = plan_branch(history, target, incarnation)
-        bounds = bounds_as_of(parse_control(control_content(listing)), plan.events)
-        check_room(directory, plan.snapshot.bytes + plan.replayed_bytes)
-        host, owner = _owner(directory, host)
-        await write_files(store, plan.snapshot, listing, directory, owner, report=report)
-        warnings = await to_the_end(lambda: _configure(directory, plan, bounds, listing, host))
-        wal = directory / "pg_wal"
-        write_histories(plan, wal, host)
-        await write_wal(plan, wal_reader(history), wal, host, creates=tablespace_creates(target))
-        await to_the_end(lambda: write_control(listing, directory, owner))
-        remarks = await history.remarks(target.tli)
+        with told_plainly():
+            history = await History.load(store, parent)
+            target = await history.resolve(when, tli=tli)
+            incarnation = incarnation_at(history.state, target.lsn)
+            listing = await read_listing(store, target.snapshot)
+            plan = plan_branch(history, target, incarnation)
+            bounds = bounds_as_of(parse_control(control_content(listing)), plan.events)
+            check_room(directory, plan.snapshot.bytes + plan.replayed_bytes)
+            host, owner = _owner(directory, host)
+            await write_files(store, plan.snapshot, listing, directory, owner, report=report)
+            warnings = await to_the_end(lambda: _configure(directory, plan, bounds, listing, host))
+            wal = directory / "pg_wal"
+            write_histories(plan, wal, host)
+            await write_wal(plan, wal_reader(history), wal, host, creates=tablespace_creates(target))
+            await to_the_end(lambda: write_control(listing, directory, owner))
+            remarks = await history.remarks(target.tli)
     except BaseException:
         await to_the_end(lambda: _clear(directory, created))
         raise

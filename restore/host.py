@@ -11,10 +11,11 @@ Layout of the state directory (where root owns it, the service account may only 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,16 @@ def find_host(environ: Mapping[str, str]) -> Host:
         switches_user=uid == 0,
         boot_id=_BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "",
     )
+
+
+@contextlib.contextmanager
+def told_plainly() -> Iterator[None]:
+    """Turn what the operating system refuses (disk full, a dead mount) into one clear line: TimelineError."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise TimelineError(f"{where}{error.strerror or error}") from error
 
 
 def _directories(environ: Mapping[str, str], uid: int) -> tuple[Path, Path]:

@@ -161,7 +161,6 @@ def test_moments_named_by_time(bench: Bench) -> None:
     server.sql("drop table e")
 
 
-@both_majors
 def test_latest_of_a_quiet_server_sealed_or_not(bench: Bench) -> None:
     """EDGE 58: the last byte of the durable tail; the same from packs."""
     bench.archived.position()
@@ -300,6 +299,31 @@ def test_failures_leave_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
         patch.setattr("restore.branch_make.check_promotion", refuse)
         with pytest.raises(TimelineError, match="no"):
             bench.create(mode="copy")
+    bench.assert_nothing_left()
+
+
+def test_without_fuse_it_is_a_copy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command, the same result, and one line on why; a large database is not copied unasked."""
+    monkeypatch.setattr("restore.lazy_host._DEVICE", bench.root / "fuse")
+    made = bench.create(name="plain")
+    assert made.mode == "copy" and any("no /dev/fuse" in warning for warning in made.warnings)
+    assert value(made, "select count(*) from t") == 50000
+    with pytest.raises(UsageError, match="no lazy branch on this host"):
+        bench.create(mode="lazy")
+    monkeypatch.setattr("restore.branch_make.COPY_LIMIT_BYTES", 1 << 20)
+    with pytest.raises(UsageError, match="a copy takes"):
+        bench.create()
+
+
+def test_a_full_disk_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EDGE 51, 54."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "/somewhere")
+
+    monkeypatch.setattr("restore.wal_files._write_at", full)
+    with pytest.raises(TimelineError, match="/somewhere: No space left on device"):
+        bench.create()
     bench.assert_nothing_left()
 
 
