@@ -343,6 +343,45 @@ def delete_command(*, names: tuple[str, ...], yes: bool, as_json: bool) -> None:
     emit_json({"deleted": list(names)}) if as_json else say(f"deleted {', '.join(names)}")
 
 
+@click.command("reset")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def reset_command(*, name: str, yes: bool, as_json: bool) -> None:
+    """Make a branch anew at the moment it was made from; what was written to it is lost."""
+    branches = host_branches()
+    status = branches.status(not_main(name))
+    if not yes:
+        confirm(f"This loses everything written to {name} since {local_time(status.branch.created)}.")
+    result = asyncio.run(branches.reset(name))
+    if as_json:
+        emit_json(branch_document(result))
+        return
+    warn(result.warnings)
+    print_branch(result)
+
+
+@click.command("rename")
+@click.argument("name")
+@click.argument("new_name")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def rename_command(*, name: str, new_name: str, as_json: bool) -> None:
+    """Give a branch another name; its connections are not disturbed."""
+    host_branches().rename(not_main(name), new_name)
+    emit_json({"name": new_name, "was": name}) if as_json else say(f"{name} is now {new_name}")
+
+
+@click.command("protect")
+@click.argument("name")
+@click.option("--off", is_flag=True, help="Take the protection away.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def protect_command(*, name: str, off: bool, as_json: bool) -> None:
+    """Refuse to delete or expire a branch until told otherwise."""
+    host_branches().protect(not_main(name), protected=not off)
+    state = "no longer protected" if off else "protected"
+    emit_json({"name": name, "protected": not off}) if as_json else say(f"{name} is {state}")
+
+
 @click.command("psql", context_settings={"ignore_unknown_options": True})
 @click.argument("name")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
