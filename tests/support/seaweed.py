@@ -19,6 +19,9 @@ from tests.support.ports import free_ports, owns_port
 
 ACCESS_KEY = "testkey"
 SECRET_KEY = "testsecret"
+READER_ACCESS_KEY = "readerkey"
+READER_SECRET_KEY = "readersecret"
+"""Credentials of somebody who may read and list, and nothing else."""
 
 
 class Seaweed:
@@ -45,7 +48,12 @@ class Seaweed:
                             "name": "test",
                             "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
                             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-                        }
+                        },
+                        {
+                            "name": "reader",
+                            "credentials": [{"accessKey": READER_ACCESS_KEY, "secretKey": READER_SECRET_KEY}],
+                            "actions": ["Read", "List"],
+                        },
                     ]
                 }
             )
@@ -128,7 +136,7 @@ class Seaweed:
         return True
 
 
-def boto3_client(endpoint_url: str) -> Any:
+def boto3_client(endpoint_url: str, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Any:
     """A boto3 client with the test credentials, without retries."""
     import boto3
     from botocore.config import Config
@@ -137,8 +145,8 @@ def boto3_client(endpoint_url: str) -> Any:
         "s3",
         endpoint_url=endpoint_url,
         region_name="us-east-1",
-        aws_access_key_id=ACCESS_KEY,
-        aws_secret_access_key=SECRET_KEY,
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
         config=Config(
             retries={"total_max_attempts": 1, "mode": "standard"}, connect_timeout=5, read_timeout=30
         ),
