@@ -29,6 +29,7 @@ SEAL_PAUSE_SECONDS = 5.0
 """How often the tail is looked at for sealing; one LIST each."""
 SEAL_RETRY_SECONDS = 60.0
 CATCH_UP_POLL_SECONDS = 0.05
+ONCE_DELAY_SECONDS = 0.05
 ONCE_PATIENCE_SECONDS = 20.0
 """How long ``--once`` waits for a source or store that does not answer; a service waits for ever."""
 BACKUP_RETRIES = 3
@@ -95,7 +96,10 @@ class BackupResult:
     "--once", is_flag=True, help="Exit when the source's present position (and a base backup) is stored."
 )
 @click.option(
-    "--max-delay", type=float, default=1.0, show_default=True, help="Seconds before received WAL is stored."
+    "--max-delay",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Store received WAL when it is so old (default: 1).",
 )
 @click.option("--slot", metavar="NAME", help="Replication slot (default: named after the store).")
 @click.option("--no-slot", is_flag=True, help="Stream without a slot; wal_keep_size alone protects the WAL.")
@@ -117,7 +121,7 @@ def archive_command(
     *,
     settings: Settings,
     once: bool,
-    max_delay: float,
+    max_delay: float | None,
     slot: str | None,
     no_slot: bool,
     unbounded_slot: bool,
@@ -142,7 +146,8 @@ def archive_command(
         allow_gap=allow_gap,
         application_name=application_name,
         standbys=standbys,
-        max_delay_seconds=max_delay,
+        # A run that is to end soon has nothing to gain from waiting for more.
+        max_delay_seconds=max_delay if max_delay is not None else (ONCE_DELAY_SECONDS if once else 1.0),
     )
     # Nobody waits for a spread checkpoint in a run that is meant to end.
     options = BackupOptions(fast_checkpoint=fast_checkpoint or once, rate_bytes_per_second=rate_limit)
