@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,75 @@ def test_the_replaced_server_is_archived_again(make_postgres: MakePostgres, plac
             archive(host, second)
             assert branched(host, b1) == "a1 b1"
             assert branched(host, b2) == "a1 b1 b2"
+
+
+def test_two_restores_with_one_tli(make_postgres: MakePostgres, place: Path) -> None:
+    """EDGE 19: both made before either was archived; the second one is refused and changes nothing."""
+    first = make_postgres(15)
+    with archived(first, place) as host:
+        a1 = write(first, "a1")
+        archive(host, first)
+        with (
+            restored(host, first, place / "second", a1) as second,
+            restored(host, first, place / "third", a1) as third,
+        ):
+            assert tli_of(second) == tli_of(third) == 2
+            write(third, "c0")
+            write(second, "b1")
+            archive(host, second)
+            write(third, "c1")
+            refused = host.run("archive", "--once", "--source", third.conninfo)
+            assert refused.returncode == 5, refused.stderr
+            assert "two histories" in refused.stderr
+            assert "Traceback" not in refused.stderr
+            write(second, "b2")
+            archive(host, second)
+        assert branched(host, "latest") == "a1 b1 b2"
+
+
+def test_the_source_is_lost_under_load(make_postgres: MakePostgres, place: Path) -> None:
+    """EDGE 18, 31: killed in the middle of records, restored to the last one stored, and on from there."""
+    first = make_postgres(15, initdb=["--wal-segsize=1"])
+    with archived(first, place) as host:
+        first.sql("create table load (n int primary key, filler text)")
+        archiver = host.start_archiver("--source", first.conninfo, "--max-delay", "0.1")
+        acknowledged = 0
+        try:
+            wait_for(lambda: first.value("select count(*) from pg_stat_replication") == "1")
+            # A synchronous standby: what the server has acknowledged is in the store.
+            first.sql("alter system set synchronous_standby_names = 'tl'", "select pg_reload_conf()")
+            wait_for(lambda: first.value("show synchronous_standby_names") == "tl")
+            with contextlib.closing(first.connect()) as conn:
+                for number in range(40):
+                    conn.execute(
+                        "insert into load values (%s, repeat(md5(%s::text), 3000))", (number, number)
+                    )
+                    acknowledged += 1
+                # One more is under way, and the archiver has not stored all its records yet.
+                conn.execute("begin")
+                conn.execute(
+                    "insert into load select i, repeat(md5(i::text), 300) from generate_series(100, 4000) i"
+                )
+                first.kill9()
+        finally:
+            archiver.kill()
+            archiver.wait()
+        with restored(host, first, place / "second", "latest") as second:
+            assert second.value("select count(*) from load") == str(acknowledged)
+            second.sql("alter system reset synchronous_standby_names", "select pg_reload_conf()")
+            b1 = write(second, "b1")
+            assert archive(host, second)["snapshot"] is None
+            assert branched(host, b1) == "b1"
+            assert branched(host, "latest", "--tli", "1") == ""
+            second.sql("insert into load values (-1)")
+            archive(host, second)
+        assert host.tl("status")["snapshots"] == 1
+        assert branched(host, "latest") == "b1"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until it holds, for a minute."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
