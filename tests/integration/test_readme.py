@@ -6,12 +6,11 @@ import functools
 import json
 import re
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.support.orphans import Watched, run_watched
+from tests.support.orphans import run_watched
 from tests.support.tl_host import TL
 
 ROOT = Path(__file__).parents[2]
@@ -78,55 +77,28 @@ def test_files_named_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
-@dataclass(frozen=True, slots=True)
-class Demo:
-    """One run of ``tl demo``."""
-
-    run: Watched
-    directories: set[Path]
-    """Temporary directories that it left."""
-    mounts: list[str]
-    """Mounts that it left."""
-
-
-@pytest.fixture(scope="module")
-def demo() -> Demo:
-    """A small one."""
-    before = set(Path("/tmp").glob("tl-demo-*"))
-    run = run_watched([TL, "demo", "--json", "--rows", str(_DEMO_ROWS)])
-    left = set(Path("/tmp").glob("tl-demo-*")) - before
-    mounts = [
-        line
-        for line in Path("/proc/mounts").read_text().splitlines()
-        if any(str(path) in line for path in left)
-    ]
-    return Demo(run, left, mounts)
-
-
 def test_a_detached_survivor_would_be_seen() -> None:
     watched = run_watched(["sh", "-c", "setsid sleep 60 & echo said; exit 3"], grace_seconds=0.1)
     assert (watched.returncode, watched.stdout) == (3, "said\n")
     assert [line.split() for line in watched.survivors] == [["sleep", "60"]]
 
 
-@pytest.mark.xdist_group("demo")
-def test_the_demo_gets_every_row_back_and_leaves_nothing(demo: Demo) -> None:
-    assert demo.run.returncode == 0, demo.run.stderr
-    result = json.loads(demo.run.stdout)
+def test_the_demo_is_what_the_readme_shows_and_leaves_nothing() -> None:
+    before = set(Path("/tmp").glob("tl-demo-*"))
+    run = run_watched([TL, "demo", "--json", "--rows", str(_DEMO_ROWS)])
+    left = set(Path("/tmp").glob("tl-demo-*")) - before
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
     assert result["rows_back"] == result["rows_lost"] == _DEMO_ROWS + 1
     assert 0 < result["fetched_bytes"] < result["database_bytes"]
     assert 0 < result["branch_seconds"] < result["first_query_seconds"] < result["elapsed_seconds"]
-    assert demo.run.survivors == []
-    assert demo.directories == set()
-    assert demo.mounts == []
-
-
-@pytest.mark.xdist_group("demo")
-def test_the_readme_shows_what_the_demo_prints(demo: Demo) -> None:
+    assert run.survivors == []
+    # A mount that stayed would keep its directory.
+    assert left == set()
     shown = re.search(r"<!-- demo -->\n```\n(.*?)```\n<!-- /demo -->", README, re.DOTALL)
     assert shown is not None
     # With --json the story is told on stderr, word for word.
-    assert shape(shown[1]) == shape(demo.run.stderr)
+    assert shape(shown[1]) == shape(run.stderr)
 
 
 def shape(text: str) -> list[str]:
