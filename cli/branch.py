@@ -165,7 +165,7 @@ def branch_command(
 
     url = settings.need_store()
     if mode != "copy":
-        warm_up(os.environ)
+        warm_up(os.environ, url)
     from restore.branch_request import BranchRequest, Listen, StoreAddress
 
     branches = host_branches()

@@ -132,9 +132,10 @@ def unregister(state: Path, branch_id: str) -> None:
         _ask(state, {"do": "unregister", "branch": branch_id}, ANSWER_SECONDS)
 
 
-def prepare(state: Path) -> int:
-    """Start an agent if there is none: for callers who will mount in a moment; its pid."""
-    return int(_ask_started(state, {"do": "ping"}, ANSWER_SECONDS)["pid"])
+def prepare(state: Path, store_url: str = "") -> int:
+    """Start an agent if there is none, and have it import what that store needs: for callers who will mount in a
+    moment; its pid."""
+    return int(_ask_started(state, {"do": "ping", "store_url": store_url}, ANSWER_SECONDS)["pid"])
 
 
 def ping(state: Path) -> int | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from restore import agent, mount_process, mount_table
-from restore.mount_spec import MountSpec, decode_spec
+from restore.mount_spec import decode_spec
 from timeline.clock import Clock, Micros, SystemClock
 from timeline.errors import TimelineError
 
@@ -167,6 +167,7 @@ class AgentServer:
         match request["do"]:
             case "ping":
                 self._answer(connection, {"ok": True, "pid": os.getpid()})
+                _import_for(str(request.get("store_url", "")))
             case "list":
                 found = [
                     {"mountpoint": m.mountpoint, "pid": m.pid, "spec": m.spec}
@@ -232,7 +233,7 @@ class AgentServer:
         if known is not None:
             known.waiting.append(connection)
             return
-        _import_for(spec)
+        _import_for(spec.store_url)
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         pid = os.fork()
         if pid == 0:
@@ -439,9 +440,9 @@ class AgentServer:
             os.kill(mount.pid, signal.SIGTERM)
 
 
-def _import_for(spec: MountSpec) -> None:
+def _import_for(store_url: str) -> None:
     """What this kind of store needs, once, before the fork: the next mounts have it."""
-    if spec.store_url.startswith("s3:"):
+    if store_url.startswith("s3:") and "timeline.store.s3" not in sys.modules:
         import aiobotocore.session  # noqa: F401
 
         import timeline.store.s3  # noqa: F401
