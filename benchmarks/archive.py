@@ -51,10 +51,10 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path, uid: 
 
 def make_backlog(server: PostgresServer, megabytes: int) -> None:
     """Write about that much WAL: bulk load first, then small transactions."""
-    server.tool("pgbench", "-i", "-I", "dtgp", "-q", "-s", str(max(1, megabytes // 20)), "-h", str(server.sockets),
+    server.tool("pgbench", "-i", "-I", "dtgp", "-q", "-s", str(max(1, megabytes // 14)), "-h", str(server.sockets),
                 "-p", str(server.port), "-U", "postgres", "postgres")  # fmt: skip
     start = Lsn.parse(server.value("select pg_current_wal_lsn()"))
-    while Lsn.parse(server.value("select pg_current_wal_lsn()")) - start < (megabytes << 20) // 3:
+    while Lsn.parse(server.value("select pg_current_wal_lsn()")) - start < (min(megabytes // 16, 96) << 20):
         server.tool("pgbench", "-n", "-c", "8", "-j", "2", "-T", "5", "-h", str(server.sockets), "-p", str(server.port),
                     "-U", "postgres", "postgres")  # fmt: skip
 
