@@ -34,7 +34,7 @@ class ArchiverConfig:
     """How old the oldest byte of a chunk may get; 0 as soon as an upload slot is free. A synchronous standby
     has 0."""
     uploads_in_flight: int = 4
-    buffer_bytes: int = 64 << 20
+    buffer_bytes: int = 32 << 20
     """WAL held in memory at most; beyond it the source is not read from."""
     requests_per_second: float = 20.0
     """Budget of small chunks; full ones are always made."""

@@ -6,7 +6,7 @@ that nobody names, for the collector; the next seal does the work anew. Of sever
 commits and the others' entries no longer fit the log: they did nothing. The chunks stay: below the sealed
 LSN they are void, and removing them is the collector's work (P2).
 
-Memory: about 100 MB. A pack under way and its finished copy (56 MiB), chunks read ahead (16 MiB raw and
+Memory: about 70 MB. A pack under way and its finished copy (32 MiB), chunks read ahead (8 MiB raw and
 stored), a frame raw and compressed (8 MiB), and the index of at most SEAL_BYTES of WAL.
 """
 
@@ -40,9 +40,9 @@ SEAL_SECONDS = 300
 """Due when the oldest chunk is so old."""
 FRAME_BYTES = 4 << 20
 """Chunks are put together in frames of at most so much WAL; a longer chunk is a frame by itself."""
-_PACK_BYTES = 24 << 20
+_PACK_BYTES = 12 << 20
 """A pack is finished at this size."""
-_READ_AHEAD_BYTES = 8 << 20
+_READ_AHEAD_BYTES = 4 << 20
 _READS = 8
 
 
