@@ -60,13 +60,17 @@ def _passable(installation: Path) -> Path:
         parent.stat().st_mode & 0o001 for parent in (installation, *installation.parents)
     ):
         return installation
-    copy = Path(f"/tmp/tl-test-pg18-{installation.stat().st_mtime_ns}")
-    if not copy.exists():
+    packages, package = installation.parent.parent, installation.parent.name
+    kept = Path(f"/tmp/tl-test-pg18-{installation.stat().st_mtime_ns}")
+    if not kept.exists():
         with tempfile.TemporaryDirectory(prefix="tl-test-pg18-", dir="/tmp") as unfinished:
-            shutil.copytree(installation, Path(unfinished) / "copy", symlinks=True)
+            # The programs find their libraries beside the package, by a relative path.
+            for part in (package, f"{package}.libs"):
+                shutil.copytree(packages / part, Path(unfinished) / "copy" / part, symlinks=True)
             with contextlib.suppress(OSError):
                 # Another worker may have been faster: then its copy serves.
-                (Path(unfinished) / "copy").rename(copy)
+                (Path(unfinished) / "copy").rename(kept)
+    copy = kept / package / installation.name
     os.environ["TL_PG_BIN"] = str(copy / "bin")
     return copy
 
