@@ -91,7 +91,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def test_every_moment_has_the_source_s_digest(recorded: Recorded) -> None:
-    """Logical state at every quiesced moment: tablespaces, 2PC, both CREATE DATABASE strategies (EDGE 27), TRUNCATE, DROP (28)."""
+    """Logical state at every quiesced moment: tablespaces, 2PC, both CREATE DATABASE strategies (EDGE 27, EDGE 28)."""
     for number, moment in enumerate(recorded.moments):
         name = f"at-{number}"
         result = recorded.host.tl("branch", name, "--at", moment.lsn)
