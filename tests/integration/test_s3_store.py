@@ -492,7 +492,7 @@ def test_requests_cost_what_they_should(s3_proxy: S3Proxy) -> None:
     on(s3_proxy.endpoint_url, scenario)
 
 
-def test_acknowledged_objects_survive_a_killed_server() -> None:
+def test_acknowledged_objects_survive_a_killed_server(aws_environment: None) -> None:
     """P1 rests on the server; this one is killed without a farewell while clients write."""
     from tests.support.seaweed import running_seaweed
 
