@@ -223,10 +223,11 @@ class Fetcher:
 
     async def _wait(self, error: Unavailable, pause: float, deadline: float) -> float:
         """Sleep before another try; the next pause. Raises the error when the deadline would pass."""
-        if self._clock.monotonic() + pause >= deadline:
+        jittered = pause * (0.5 + self._clock.random())
+        if self._clock.monotonic() + jittered >= deadline:
             raise error
         _log.warning("waiting for the store: %s", error.message)
-        await self._clock.sleep(pause * (0.5 + self._clock.random()))
+        await self._clock.sleep(jittered)
         return min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
     def _flight(self, ref: ExtentRef, *, background: bool) -> _Flight:

@@ -19,8 +19,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import pyfuse3
-
+from restore.fuse_loop import pyfuse3
 from restore.mount_control import PREFETCH_ATTRIBUTE, STATS_ATTRIBUTE, decode_prefetch
 from restore.overlay import DIRECTORY, FILE, SYMLINK
 from restore.tree import ROOT, Tree

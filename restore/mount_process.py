@@ -25,11 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-import pyfuse3
-
 from restore import fuse_loop, mount_table
 from restore.cache import DiskCache
 from restore.fetcher import Counters, Fetcher
+from restore.fuse_loop import pyfuse3
 from restore.mount import MountOperations
 from restore.mount_spec import MountSpec, MountStats, decode_spec
 from restore.overlay import Overlay

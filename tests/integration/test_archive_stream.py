@@ -25,6 +25,7 @@ from tests.support.archiver import (
     tail_of,
 )
 from tests.support.postgres import PostgresServer
+from timeline.archive.status import BUFFER_BYTES
 from timeline.catalog.branch_log import BranchLog
 from timeline.catalog.tail import Tail, read_index
 from timeline.clock import SystemClock
@@ -391,7 +392,7 @@ def test_memory_is_bounded_whatever_the_burst(make_postgres: MakePostgres, store
             "create table t as select g, md5(g::text) || repeat(md5((g + 1)::text), 20) as v "
             "from generate_series(1, 250000) g"
         )
-        archiver.wait_until(lambda status: status["buffered_bytes"] >= 60 << 20)
+        archiver.wait_until(lambda status: status["buffered_bytes"] >= BUFFER_BYTES)
         time.sleep(1)
         archiver.command("thaw")
         archiver.wait_durable(flushed(server), seconds=60)

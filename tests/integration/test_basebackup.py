@@ -498,7 +498,7 @@ def test_standby_as_source(postgres: PostgresServer, directory: Path) -> None:
     try:
         standby.start()
         postgres.sql("insert into t select generate_series(1001, 2000)", "checkpoint")
-        end = postgres.value("select pg_current_wal_flush_lsn()")
+        end = postgres.position()
         deadline = time.monotonic() + 30
         while standby.value(f"select pg_last_wal_replay_lsn() >= '{end}'") != "True":
             assert time.monotonic() < deadline

@@ -85,7 +85,7 @@ def test_every_page_is_the_same(
             for name, step in steps(server, space):
                 step()
                 if name == moment:
-                    lsn = Lsn.parse(server.value("select pg_current_wal_flush_lsn()"))
+                    lsn = Lsn.parse(server.position())
             archived.position()
             # A connection made to learn of ICU's version would set hint bits in the branch.
             icu = server.value(

@@ -125,7 +125,7 @@ def branch_at(
 
 def position(server: PostgresServer) -> Lsn:
     """The end of the server's WAL, flushed."""
-    return Lsn.parse(server.value("select pg_current_wal_flush_lsn()"))
+    return Lsn.parse(server.position())
 
 
 def isolated(branch: PlainBranch, endpoint: Endpoint, backup: PlainBackup) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def _made(make_postgres: Callable[..., PostgresServer], major: int) -> Iterator[
             "update in_space set n = n + 1",
         )
         digest = server.value(DIGEST)
-        end = server.value("select pg_current_wal_flush_lsn()")
+        end = server.position()
         received = server.make_directory(directory / "received")
         server.tool("pg_receivewal", *_to(server), "--slot=tail", "-D", str(received), "-E", end, "--no-loop")
         tail = _fill(HandmadeStore(directory / "store"), backup, received, Lsn.parse(end))

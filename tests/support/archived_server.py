@@ -40,7 +40,7 @@ class ArchivedServer:
 
     def position(self) -> Lsn:
         """The end of the server's WAL, once the store holds it; no transaction may be under way."""
-        lsn = Lsn.parse(self.server.value("select pg_current_wal_flush_lsn()"))
+        lsn = Lsn.parse(self.server.position())
         asyncio.run(self._wait(lsn))
         return lsn
 

@@ -109,7 +109,7 @@ def take_backup(server: PostgresServer, directory: Path, *options: str) -> Plain
         *("-h", str(server.sockets), "-p", str(server.port), "-U", "postgres"),
         *options,
     )
-    end = Lsn.parse(server.value("select pg_current_wal_flush_lsn()"))
+    end = Lsn.parse(server.position())
     label = (directory / "backup_label").read_text()
     parsed = parse_backup_label(label)
     control = parse_control((directory / "global/pg_control").read_bytes())

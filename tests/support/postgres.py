@@ -242,6 +242,22 @@ class PostgresServer:
         """The single value of a query, as text."""
         return str(self.sql(query, dbname=dbname)[0][0])
 
+    def position(self) -> str:
+        """The end of the WAL, at the end of a record, all of it flushed; nobody may be writing.
+
+        The flush position by itself may be the end of a page inside a record: the WAL writer stops there.
+        """
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            [(written, flushed)] = self.sql(
+                "select pg_current_wal_insert_lsn()::text, "
+                "pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()"
+            )
+            if flushed:
+                return str(written)
+            time.sleep(0.02)
+        raise RuntimeError("the server does not come to rest")
+
 
 @contextlib.contextmanager
 def running_server(

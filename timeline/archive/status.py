@@ -10,6 +10,9 @@ from timeline.clock import Micros
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
 
+BUFFER_BYTES = 32 << 20
+"""WAL held in memory at most; beyond it the source is not read from."""
+
 
 @dataclass(frozen=True, slots=True)
 class ArchiverConfig:
@@ -34,8 +37,7 @@ class ArchiverConfig:
     """How old the oldest byte of a chunk may get; 0 as soon as an upload slot is free. A synchronous standby
     has 0."""
     uploads_in_flight: int = 4
-    buffer_bytes: int = 32 << 20
-    """WAL held in memory at most; beyond it the source is not read from."""
+    buffer_bytes: int = BUFFER_BYTES
     requests_per_second: float = 20.0
     """Budget of small chunks; full ones are always made."""
     heartbeat_seconds: float = 300.0
