@@ -51,12 +51,28 @@ class Duration(click.ParamType[float]):
         return float(match[1]) * _UNITS[(match[2] or "s").lower()]
 
 
-def host_branches() -> HostBranches:
-    """The branches of this user on this host."""
+def host_branches(*, mounting: str | None = None) -> HostBranches:
+    """The branches of this user on this host; with an agent at hand when one of that store is about to be
+    mounted."""
+    from restore.agent_fork import fork_agent, prepare_libraries
+
+    prepare_libraries()
     from restore.branch import HostBranches
     from timeline.clock import SystemClock
 
+    if mounting is not None:
+        fork_agent(os.environ, mounting)
     return HostBranches.of(os.environ, SystemClock())
+
+
+def about_to_mount(branches: HostBranches, name: str | None) -> None:
+    """Have an agent at hand for that branch, or for any of them."""
+    from restore.agent_fork import fork_agent
+
+    origins = [status.branch.origin for status in branches.list() if name in (None, status.branch.name)]
+    urls = [origin.store_url for origin in origins if origin is not None]
+    if urls:
+        fork_agent(os.environ, urls[0])
 
 
 def not_main(name: str) -> str:
@@ -161,14 +177,9 @@ def branch_command(
 
     Without a NAME one is generated, and the branch lives for 24 hours.
     """
-    from restore.warm import warm_up
-
     url = settings.need_store()
-    if mode != "copy":
-        warm_up(os.environ, url)
+    branches = host_branches(mounting=url if mode != "copy" else None)
     from restore.branch_request import BranchRequest, Listen, StoreAddress
-
-    branches = host_branches()
 
     async def make() -> BranchResult:
         when: When | str = at
@@ -277,9 +288,10 @@ def start_command(*, name: str | None, everything: bool, as_json: bool) -> int:
     """Start a branch that was stopped, or went down with a crash or a reboot."""
     from timeline.errors import TimelineError
 
-    branches = host_branches()
     if everything == (name is not None):
         raise UsageError("name a branch, or give --all")
+    branches = host_branches()
+    about_to_mount(branches, name)
     if name is not None:
         result = asyncio.run(branches.start(not_main(name)))
         if as_json:

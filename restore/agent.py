@@ -2,7 +2,8 @@
 
 The agent (agent_server.py) has the imports done and forks a mount process per branch in milliseconds. It
 listens on ``<state>/agent.sock`` (0600), is started detached from the caller's session under
-``<state>/agent.lock``, so that two callers start only one, and ends a moment after the last mount and the
+``<state>/agent.lock``, so that two callers start only one (forked from the caller where that is possible:
+agent_fork.py), and ends a moment after the last mount and the
 last registered branch.
 
 Protocol: one JSON object per line each way, ``{"do": …}`` and ``{"ok": true, …}`` or ``{"ok": false, "error",
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from restore import mount_table
-from timeline.clock import Clock, Micros, SystemClock
+from timeline.clock import Micros, SystemClock
 from timeline.errors import TimelineError, Unavailable
 
 SOCKET = "agent.sock"
@@ -52,7 +53,7 @@ _ENVIRONMENT_PREFIXES = (
     "https_proxy",
 )
 """What of the caller's environment a mount or an expiry gets: how the store is reached, nothing else."""
-_AGENT_ENVIRONMENT = {
+LIBRARY_ENVIRONMENT = {
     # One mount has four threads and small objects: separate arenas and pools would only hold memory back.
     "MALLOC_ARENA_MAX": "2",
     "ARROW_DEFAULT_MEMORY_POOL": "system",
@@ -132,10 +133,13 @@ def unregister(state: Path, branch_id: str) -> None:
         _ask(state, {"do": "unregister", "branch": branch_id}, ANSWER_SECONDS)
 
 
-def prepare(state: Path, store_url: str = "") -> int:
-    """Start an agent if there is none, and have it import what that store needs: for callers who will mount in a
-    moment; its pid."""
-    return int(_ask_started(state, {"do": "ping", "store_url": store_url}, ANSWER_SECONDS)["pid"])
+def answers(state: Path, store_url: str) -> bool:
+    """Whether an agent of this very code is there; one that is begins to import what that store needs."""
+    try:
+        _ask(state, {"do": "ping", "store_url": store_url, "stamp": code_stamp()}, ANSWER_SECONDS)
+    except NoAgent:
+        return False
+    return True
 
 
 def ping(state: Path) -> int | None:
@@ -183,8 +187,7 @@ def _ask_started(state: Path, request: dict[str, Any], seconds: float) -> dict[s
     request = {**request, "stamp": code_stamp()}
     with contextlib.suppress(NoAgent):
         return _ask(state, request, seconds)
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _lock(state, SystemClock()):
+    with starting(state):
         with contextlib.suppress(NoAgent):
             return _ask(state, request, seconds)
         _start(state)
@@ -225,7 +228,10 @@ def _read_line(connection: socket.socket) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _lock(state: Path, clock: Clock) -> Iterator[None]:
+def starting(state: Path) -> Iterator[None]:
+    """The right to start an agent; raises Unavailable when somebody else keeps it too long."""
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    clock = SystemClock()
     fd = os.open(state / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = clock.monotonic() + START_SECONDS
     try:
@@ -255,7 +261,7 @@ def _start(state: Path) -> None:
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 cwd="/",
-                env={**os.environ, **_AGENT_ENVIRONMENT},
+                env={**os.environ, **LIBRARY_ENVIRONMENT},
                 pass_fds=(writer,),
                 start_new_session=True,
             )

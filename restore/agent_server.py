@@ -10,7 +10,6 @@ them, and ``agent.unmount`` unmounts them all the same.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -21,6 +20,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+
+import setproctitle
 
 from restore import agent, mount_process, mount_table
 from restore.mount_spec import decode_spec
@@ -39,7 +40,6 @@ EXPIRY_GIVE_UP_MICROS = 3600 * 1_000_000
 """A registration that expired so long ago has a command that does not unregister it: forgotten."""
 
 _MAX_LINE_BYTES = 1 << 20
-_PR_SET_NAME = 15
 
 Answer = dict[str, Any]
 
@@ -167,7 +167,7 @@ class AgentServer:
         match request["do"]:
             case "ping":
                 self._answer(connection, {"ok": True, "pid": os.getpid()})
-                _import_for(str(request.get("store_url", "")))
+                import_for(str(request.get("store_url", "")))
             case "list":
                 found = [
                     {"mountpoint": m.mountpoint, "pid": m.pid, "spec": m.spec}
@@ -233,7 +233,7 @@ class AgentServer:
         if known is not None:
             known.waiting.append(connection)
             return
-        _import_for(spec.store_url)
+        import_for(spec.store_url)
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         pid = os.fork()
         if pid == 0:
@@ -267,7 +267,7 @@ class AgentServer:
             if mount.reader is not None:
                 os.close(mount.reader)
         _take_environment(environment)
-        ctypes.CDLL(None).prctl(_PR_SET_NAME, b"tl-mount", 0, 0, 0)
+        setproctitle.setproctitle(f"tl mount {Path(spec_path).parent}")
         mount_process.run(spec_path, writer)
 
     def _hear(self, mount: _Mount) -> None:
@@ -440,13 +440,13 @@ class AgentServer:
             os.kill(mount.pid, signal.SIGTERM)
 
 
-def _import_for(store_url: str) -> None:
+def import_for(store_url: str) -> None:
     """What this kind of store needs, once, before the fork: the next mounts have it."""
     if store_url.startswith("s3:") and "timeline.store.s3" not in sys.modules:
-        import aiobotocore.session  # noqa: F401
+        import timeline.store._s3_client
+        import timeline.store.s3
 
-        import timeline.store.s3  # noqa: F401
-
+        timeline.store._s3_client.preload()
         gc.freeze()
 
 
@@ -456,17 +456,23 @@ def _take_environment(environment: dict[str, str]) -> None:
     os.environ.update(environment)
 
 
-def main() -> NoReturn:
-    """``agent_server STATE READY_FD``: detach, listen, tell, serve."""
-    state, ready = Path(sys.argv[1]), int(sys.argv[2])
-    if os.fork() != 0:
-        os._exit(0)
+def serve(state: Path, ready: int, clock: Clock) -> None:
+    """The life of an agent from its detached process on: listen, tell by the descriptor ``ready``, serve."""
     os.umask(0o077)
-    server = AgentServer(state, SystemClock())
+    setproctitle.setproctitle("tl agent")
+    server = AgentServer(state, clock)
     server.listen()
     gc.collect()
     gc.freeze()
     os.write(ready, b"r")
     os.close(ready)
     server.run()
+
+
+def main() -> NoReturn:
+    """``agent_server STATE READY_FD``: detach and serve."""
+    state, ready = Path(sys.argv[1]), int(sys.argv[2])
+    if os.fork() != 0:
+        os._exit(0)
+    serve(state, ready, SystemClock())
     sys.exit(0)

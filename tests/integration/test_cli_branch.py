@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
 
+from restore import agent
 from tests.support.postgres import PostgresServer, scratch
 from tests.support.tl_host import Host, make_host
 
@@ -62,6 +65,26 @@ def test_a_life(host: Host) -> None:
     assert "ready to accept connections" in host.run("logs", "other-life").stdout
     host.tl("delete", "other-life", "--yes")
     assert host.branches() == []
+
+
+def test_the_agent_has_left_its_caller_behind(host: Host) -> None:
+    """Forked from `tl branch`, and yet outside its session, directory and descriptors; fit to fork again."""
+    host.end_agent()
+    made = host.tl("branch", "left")
+    pid = agent.ping(Path(host.environment["TL_STATE"]))
+    mount = host.mount_pid(made["data_directory"])
+    assert pid is not None and mount is not None
+    proc = Path(f"/proc/{pid}")
+    assert (proc / "cmdline").read_bytes().rstrip(b"\0 ") == b"tl agent"
+    assert Path(f"/proc/{mount}/cmdline").read_bytes().startswith(b"tl mount ")
+    assert os.getsid(pid) not in (os.getsid(0), pid)
+    assert (proc / "cwd").readlink() == Path("/")
+    opened = [os.readlink(proc / "fd" / number) for number in os.listdir(proc / "fd")]
+    assert [
+        target for target in opened if "lock" in target or target.startswith(("/dev/pts", "/tmp/pytest"))
+    ] == []
+    assert len(os.listdir(proc / "task")) == 1
+    host.tl("delete", "left", "--yes")
 
 
 def test_start_all(host: Host) -> None:

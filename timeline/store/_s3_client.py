@@ -12,16 +12,24 @@ import functools
 import io
 import os
 import re
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-import aiobotocore.session
-import aiohttp
-import botocore.exceptions
-import botocore.loaders
-from aiobotocore.config import AioConfig
-
 from timeline.errors import CheckFailed, NotFound, TimelineError, Unavailable, UsageError
+
+_load_default_certs = ssl.SSLContext.load_default_certs
+# aiohttp reads the system's certificates when it is imported (40 ms and more), for clients that bring no TLS
+# context. botocore's always bring one; anybody else's would trust nobody.
+ssl.SSLContext.load_default_certs = lambda *_: None  # type: ignore[method-assign]
+try:
+    import aiobotocore.session
+    import aiohttp
+    import botocore.exceptions
+    import botocore.loaders
+    from aiobotocore.config import AioConfig
+finally:
+    ssl.SSLContext.load_default_certs = _load_default_certs  # type: ignore[method-assign]
 
 _UPLOAD_PIECE_BYTES = 256 << 10
 
