@@ -29,6 +29,11 @@ And what a branch must not undo:
   were not below the source's.
 - Postgres compares pg_control's settings with the records that change them (commit timestamps above all):
   they must be the source's as of S, not the builder's.
+- ``wal_log_hints`` is among them: replay stamps some pages with an LSN only where it, or checksums, are on.
+- With either on, replay changes free space maps without marking their pages dirty (MarkBufferDirtyHint does
+  nothing in recovery). Such a change is stored only when something else dirties the page before it leaves
+  memory, so an image may lack some that recovery without a stop would have stored. It is advice that
+  Postgres corrects as it goes; every other page is the same.
 - The source's checkpoints after S have redo points before it. Replay must therefore never be resumed, only
   begun anew (EDGE 57).
 
