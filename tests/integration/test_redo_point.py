@@ -24,6 +24,13 @@ from tests.support.redo_points import (
 )
 from timeline.lsn import Lsn
 
+pytestmark = pytest.mark.majors
+
+EACH = [
+    pytest.param(major, id=f"pg{major}", marks=pytest.mark.xdist_group(f"redo point {major}"))
+    for major in MAJORS
+]
+"""One worker for a version: a recording and its end are made once."""
 SHARES = 6
 SPREAD = 60
 """Redo points beside those at every kind of record."""
@@ -71,14 +78,14 @@ def _case(recording: Recording) -> Case:
     return Case(recording, expected)
 
 
-@pytest.fixture(scope="module", params=MAJORS, ids=lambda major: f"pg{major}")
+@pytest.fixture(scope="module", params=EACH)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     """Of each major version, without checksums, so that every page has one right content."""
     with recorded_crossing(request.param) as recording:
         yield _case(recording)
 
 
-@pytest.fixture(scope="module", params=MAJORS, ids=lambda major: f"pg{major}")
+@pytest.fixture(scope="module", params=EACH)
 def verified(request: pytest.FixtureRequest) -> Iterator[Case]:
     """With checksums, and every page's state in the WAL: replay itself compares, and ends at a difference."""
     settings = {"wal_consistency_checking": "'all'"}
@@ -87,7 +94,6 @@ def verified(request: pytest.FixtureRequest) -> Iterator[Case]:
         yield _case(recording)
 
 
-@pytest.mark.xdist_group("redo point")
 @pytest.mark.parametrize("kind", ["Btree SPLIT_R", "Heap LOCK", "Transaction PREPARE"])
 def test_replay_goes_on_as_if_it_had_never_stopped(case: Case, kind: str) -> None:
     """While transactions of all kinds are open (EDGE 52)."""
@@ -95,7 +101,6 @@ def test_replay_goes_on_as_if_it_had_never_stopped(case: Case, kind: str) -> Non
     case.check(kind, Lsn(records[len(records) // 2].start))
 
 
-@pytest.mark.xdist_group("redo point")
 def test_images_of_images(case: Case) -> None:
     """Each snapshot is built from the one before it; no difference adds up."""
     recording = case.recording
@@ -111,7 +116,6 @@ def test_images_of_images(case: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.xdist_group("redo point")
 @pytest.mark.parametrize("share", range(SHARES))
 def test_redo_points_everywhere(case: Case, share: int) -> None:
     """At a record of every kind that the workload wrote, and all over its WAL."""
@@ -123,7 +127,6 @@ def test_redo_points_everywhere(case: Case, share: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.xdist_group("redo point")
 def test_replay_agrees_with_the_source_page_by_page(verified: Case) -> None:
     """wal_consistency_checking on the source: each record brings the pages it changed."""
     points = verified.recording.points(20, seed=verified.recording.server.major)

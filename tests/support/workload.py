@@ -183,6 +183,7 @@ def steps(server: PostgresServer, tablespace: Path | None) -> Iterator[tuple[str
         ),
     )
     strategies = ("wal_log", "file_copy") if server.major >= 15 else ("",)
+    first_copy = f"db_{strategies[0] or 'plain'}"
     for strategy in strategies:
         clause = f"strategy {strategy}" if strategy else ""
         yield (
@@ -191,7 +192,7 @@ def steps(server: PostgresServer, tablespace: Path | None) -> Iterator[tuple[str
         )
     yield (
         "in the new database",
-        run("insert into here select i, 'v' from generate_series(1, 500) i", dbname="db_wal_log"),
+        run("insert into here select i, 'v' from generate_series(1, 500) i", dbname=first_copy),
     )
     yield "rollback prepared", run("rollback prepared 'gid-two'")
     yield "matview", run("create materialized view v as select owner, count(*) from account group by 1")
