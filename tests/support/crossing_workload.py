@@ -12,6 +12,7 @@ import os
 
 import psycopg
 
+from tests.support.clones import next_tli
 from tests.support.postgres import PostgresServer
 from tests.support.workload import prepare, steps
 
@@ -86,9 +87,30 @@ def run_crossing(server: PostgresServer) -> None:
             crossing.go_on(number)
             step()
         crossing.end()
-        # Recovery needs a record at its target, and the segment it is in to be complete.
-        server.sql(f"select pg_create_restore_point('{THE_END}')", "select pg_switch_wal()", "checkpoint")
-        server.stop("immediate")
+        stop_at_the_end(server)
+
+
+def run_promotion(server: PostgresServer) -> None:
+    """Work on tli 1, with a transaction prepared; the server goes on as tli 2 in the middle of a page, and of it."""
+    server.sql("insert into crossing select i, 'on tli 1' from generate_series(1, 3000) i")
+    with server.connect() as conn:
+        conn.execute("begin")
+        conn.execute("insert into crossing values (1, 'prepared')")
+        conn.execute("prepare transaction 'over the fork'")
+    next_tli(server)
+    server.sql(
+        "insert into crossing select i, 'on tli 2' from generate_series(1, 3000) i",
+        "commit prepared 'over the fork'",
+        "insert into locked select i, 'on tli 2' from generate_series(8000, 9000) i",
+    )
+    stop_at_the_end(server)
+
+
+def stop_at_the_end(server: PostgresServer) -> None:
+    """Leave what is open as it is."""
+    # Recovery needs a record at its target, and the segment it is in to be complete.
+    server.sql(f"select pg_create_restore_point('{THE_END}')", "select pg_switch_wal()", "checkpoint")
+    server.stop("immediate")
 
 
 class _Crossing:

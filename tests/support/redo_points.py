@@ -11,17 +11,11 @@ import dataclasses
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.crossing_workload import (
-    SETTINGS,
-    THE_END,
-    near_the_end_of_segments,
-    prepare_crossing,
-    run_crossing,
-)
+from tests.support.crossing_workload import SETTINGS, THE_END, near_the_end_of_segments
 from tests.support.postgres import PostgresServer, scratch
 from tests.support.wal_workload import hand_over, read_wal
 from tests.support.waldump import DumpedRecord, dump_wal
@@ -29,7 +23,15 @@ from timeline.lsn import Lsn
 from timeline.pg.backup_label import parse_backup_label
 from timeline.pg.control import CONTROL_FILE, Parameters, parse_control
 from timeline.pg.redo_point import is_candidate, redo_point_control, redo_point_patches
-from timeline.pg.segment import segment_name, segment_start
+from timeline.pg.segment import (
+    LineageSpan,
+    history_name,
+    lineage,
+    parse_history,
+    segment_name,
+    segment_start,
+    tli_of,
+)
 from timeline.pg.wal import RecordKind, WalRecordEvent, WalScanner
 from timeline.pg.wal_machine import PAGE_BYTES
 from timeline.pg.wal_patch import apply_patches
@@ -46,7 +48,6 @@ COMPARED = (
 )
 _NOT_COMPARED = ("pg_control", "pg_internal.init")
 _WAL_LEVELS = ("minimal", "replica", "logical")
-_TLI = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ class Recording:
     """From ``redo`` on, as pg_waldump tells them."""
     events: tuple[WalRecordEvent, ...]
     segment_bytes: int
+    spans: tuple[LineageSpan, ...]
+    """The line of history, oldest tli first."""
     hints: bool
     """Whether changes of hints are logged, for checksums' sake or because of wal_log_hints."""
 
@@ -87,7 +90,10 @@ class Recording:
         for record in self.records:
             place = Lsn(record.start)
             if self.consistent < place < self.end and is_candidate(
-                place, record.length, tli_start=Lsn(0), segment_bytes=self.segment_bytes
+                place,
+                record.length,
+                tli_start=self.span_of(place).begin,
+                segment_bytes=self.segment_bytes,
             ):
                 operation = record.text.split(" ", 1)[0].rstrip(":")
                 found.setdefault(f"{record.rmgr} {operation}", []).append(record)
@@ -120,31 +126,46 @@ class Recording:
                 full_page_writes = bool(values["full_page_writes"])
         return SourceState(parameters, full_page_writes)
 
+    def span_of(self, lsn: Lsn) -> LineageSpan:
+        """The tli that wrote the record at ``lsn``, and from where on."""
+        tli = tli_of(lsn, self.spans)
+        return next(span for span in self.spans if span.tli == tli)
+
+    def segment(self, lsn: Lsn, target: Lsn) -> Path:
+        """The file that recovery to ``target`` reads there: of the youngest tli up to it that has one."""
+        youngest = self.span_of(target).tli
+        tlis = [span.tli for span in reversed(self.spans) if span.tli <= youngest]
+        names = (segment_name(tli, lsn, self.segment_bytes) for tli in tlis)
+        return next(path for path in map(self.wal.joinpath, names) if path.exists())
+
     def last_before(self, lsn: Lsn) -> Lsn:
         """Start of the last record before the one at ``lsn``."""
         return Lsn(max(record.start for record in self.records if record.start < lsn))
 
 
 @contextlib.contextmanager
-def recorded_crossing(
-    major: int, *, checksums: bool = False, settings: Mapping[str, str] | None = None
+def recorded(
+    major: int,
+    work: Callable[[PostgresServer], None],
+    *initdb: str,
+    prepare: Callable[[PostgresServer], None],
 ) -> Iterator[Recording]:
-    """The workload of ``crossing_workload`` on a server of that version; removed at the end."""
+    """What ``work`` did on a server of that version, backed up after ``prepare``; removed at the end.
+
+    ``work`` leaves the server stopped, and a restore point named THE_END before the last segment.
+    """
     place = scratch("tl-redo-")
     server = PostgresServer(major, place / "source")
     server.make_directory(server.directory)
-    # Checksums are what initdb does by itself from 18 on, and what its switch for no checksums came with.
-    switches = ["--data-checksums"] if checksums else ["--no-data-checksums"] if major >= 18 else []
     try:
-        server.initdb(*switches, settings=SETTINGS)
+        server.initdb(*initdb, settings=SETTINGS)
         near_the_end_of_segments(server)
         server.start()
-        prepare_crossing(server)
+        prepare(server)
         connection = ("-h", str(server.sockets), "-p", str(server.port), "-U", "postgres")
         backup = ("-D", str(place / "backup"), "-c", "fast", "-X", "none", "--no-manifest")
         server.tool("pg_basebackup", *backup, *connection)
-        server.configure(settings or {})
-        run_crossing(server)
+        work(server)
         yield _read_recording(server, place)
     finally:
         server.stop("immediate")
@@ -152,15 +173,22 @@ def recorded_crossing(
 
 
 def _read_recording(server: PostgresServer, place: Path) -> Recording:
-    backup = place / "backup"
+    backup, wal = place / "backup", server.data / "pg_wal"
     label = parse_backup_label((backup / "backup_label").read_text())
     control = parse_control((server.data / CONTROL_FILE).read_bytes())
     segment_bytes = control.segment_bytes
-    wal = server.data / "pg_wal"
-    begin = segment_start(label.start, segment_bytes)
+    history = wal / history_name(control.tli)
+    spans = lineage(control.tli, parse_history(history.read_text() if history.exists() else ""))
     end = segment_start(control.checkpoint_lsn, segment_bytes)
-    records = dump_wal(server, wal, label.start, end)
-    events = WalScanner(segment_bytes, _TLI, begin).feed(read_wal(wal, begin, end, segment_bytes)).events
+    records: list[DumpedRecord] = []
+    events: list[WalRecordEvent] = []
+    for span in spans:
+        first, last = max(label.start, span.begin), end if span.end is None else span.end
+        records += dump_wal(server, wal, first, last, tli=span.tli)
+        begin = segment_start(first, segment_bytes)
+        data = read_wal(wal, begin, last, segment_bytes, tli=span.tli)
+        found = WalScanner(segment_bytes, span.tli, begin).feed(data).events
+        events += [event for event in found if event.start >= first]
     consistent = next(
         event.end
         for event in events
@@ -175,8 +203,9 @@ def _read_recording(server: PostgresServer, place: Path) -> Recording:
         consistent=consistent,
         end=next(event.start for event in events if event.name == THE_END),
         records=tuple(records),
-        events=events,
+        events=tuple(events),
         segment_bytes=segment_bytes,
+        spans=spans,
         hints=control.data_checksums or control.wal_log_hints,
     )
 
@@ -196,7 +225,7 @@ def _recover(recording: Recording, data: Path, wal: Path, lsn: Lsn) -> None:
             "unix_socket_directories": f"'{server.sockets}'",
             "listen_addresses": "''",
             "restore_command": f"'cp {wal}/%f %p'",
-            "recovery_target_timeline": f"'{_TLI}'",
+            "recovery_target_timeline": f"'{recording.span_of(lsn).tli}'",
             # The last record before, inclusive, as for a branch: there need not be one after it.
             "recovery_target_lsn": f"'{recording.last_before(lsn)}'",
             "recovery_target_inclusive": "on",
@@ -245,11 +274,11 @@ def recover_image(recording: Recording, image: Path, begin: Lsn, lsn: Lsn, data:
     for path in (data / "pg_wal").iterdir():
         if path.is_file():
             path.unlink()
-    state = recording.state_at(begin)
+    state, span = recording.state_at(begin), recording.span_of(begin)
     control = redo_point_control(
         (data / CONTROL_FILE).read_bytes(),
         begin,
-        tli=_TLI,
+        tli=span.tli,
         parameters=state.parameters,
         full_page_writes=state.full_page_writes,
     )
@@ -257,16 +286,16 @@ def recover_image(recording: Recording, image: Path, begin: Lsn, lsn: Lsn, data:
     wal = data.parent / f"{data.name}-wal"
     wal.mkdir()
     first = segment_start(begin, recording.segment_bytes)
-    name = segment_name(_TLI, first, recording.segment_bytes)
+    patched = recording.segment(begin, lsn)
     for path in recording.wal.iterdir():
-        if path.is_file() and path.name > name:
+        if path.is_file() and (path.suffix == ".history" or path.name[8:] > patched.name[8:]):
             (wal / path.name).symlink_to(path)
-    segment = bytearray((recording.wal / name).read_bytes())
-    apply_patches(segment, first, redo_point_patches(segment, first, control, tli_start=Lsn(0)))
+    segment = bytearray(patched.read_bytes())
+    apply_patches(segment, first, redo_point_patches(segment, first, control, tli_start=span.begin))
     # Nothing between the segment's first header and the checkpoint's page is looked at.
     page = parse_control(control).checkpoint_lsn // PAGE_BYTES * PAGE_BYTES - first
     segment[PAGE_BYTES:page] = bytes(max(0, page - PAGE_BYTES))
-    (wal / name).write_bytes(segment)
+    (wal / patched.name).write_bytes(segment)
     _recover(recording, data, wal, lsn)
     shutil.rmtree(wal)
     return data

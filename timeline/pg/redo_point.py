@@ -34,8 +34,10 @@ And what a branch must not undo:
   nothing in recovery). Such a change is stored only when something else dirties the page before it leaves
   memory, so an image may lack some that recovery without a stop would have stored. It is advice that
   Postgres corrects as it goes; every other page is the same.
-- The source's checkpoints after S have redo points before it. Replay must therefore never be resumed, only
-  begun anew (EDGE 57).
+- Replay that was interrupted is begun anew with a fresh image, never resumed (EDGE 57): pages that the source
+  had changed since its own last checkpoint come without the full-page image that would mend a torn write.
+- The segment file to patch is the one Postgres will read: of the youngest tli of the target's line that has
+  the segment, which begins with a copy of its parent's bytes (EDGE 17).
 
 Sources: src/include/access/xlogrecord.h, xlog_internal.h, src/include/catalog/pg_control.h.
 """
