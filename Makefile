@@ -4,7 +4,9 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 STAMP := .venv/.ready
 
-.PHONY: help setup demo test lint unit test-slow bench bench-archive clean
+MAJORS := 15 16 17 18
+
+.PHONY: help setup demo test lint unit test-slow test-majors bench bench-archive clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,6 +32,10 @@ test: lint ## lint, types and all tests but the slow ones
 
 test-slow: setup ## the long ones: durability, fidelity over many moments
 	$(PY) -m pytest -q -m slow
+
+test-majors: setup ## what depends on Postgres's formats, slow ones too, on every version (fetches them)
+	@$(PY) -m tests.support.postgres_wheels $(MAJORS)
+	TL_TEST_MAJORS="$(MAJORS)" $(PY) -m pytest -q -n 2 --dist loadgroup -m majors
 
 bench: setup ## time to first query of a branch, by database size and store
 	$(PY) -m benchmarks.branch --json

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.support.postgres import PostgresServer, bin_dir, running_server
 
-MAJORS = [major for major in (15, 18) if bin_dir(major) is not None]
+MAJORS = [
+    major
+    for major in map(int, os.environ.get("TL_TEST_MAJORS", "15 18").split())
+    if bin_dir(major) is not None
+]
+"""Versions that tests of one version each run on; ``make test-majors`` names all that we support."""
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from timeline.pg.backup_label import parse_backup_label, parse_tablespace_map
 from timeline.pg.control import ClusterState, ControlFile, parse_control
 from timeline.pg.page import PAGE_BYTES, bad_pages, page_lsns
 
+pytestmark = pytest.mark.majors
+
 _STATES = {
     "shut down": ClusterState.SHUT_DOWN,
     "in production": ClusterState.IN_PRODUCTION,

@@ -16,6 +16,8 @@ from timeline.pg.segment import segment_name
 from timeline.pg.wal import RecordKind, WalScanner
 from timeline.pg.wal_patch import apply_patches, find_tablespace_creates, noop_record, tablespace_patches
 
+pytestmark = pytest.mark.majors
+
 
 def wait_until_promoted(server: PostgresServer) -> None:
     """With hot_standby off pg_ctl returns before connections are accepted; the file says when they are."""

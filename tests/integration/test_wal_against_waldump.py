@@ -44,6 +44,8 @@ from timeline.pg.wal_patch import (
     tablespace_patches,
 )
 
+pytestmark = pytest.mark.majors
+
 MIB = 1 << 20
 PAGE = 8192
 

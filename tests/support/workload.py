@@ -113,8 +113,12 @@ def prepare(server: PostgresServer) -> None:
     server.sql("create table here (id int primary key, v text)", dbname="second")
 
 
-def steps(server: PostgresServer, tablespace: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Named steps; each is run to its end before the next. ``tablespace``: an empty directory the server owns."""
+def steps(server: PostgresServer, tablespace: Path | None) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Named steps; each is run to its end before the next.
+
+    ``tablespace``: an empty directory the server owns; without one the tablespace is made in place, which the
+    server must allow.
+    """
 
     def run(*statements: str, dbname: str = "postgres") -> Callable[[], None]:
         return lambda: (server.sql(*statements, dbname=dbname), None)[1]
@@ -162,10 +166,11 @@ def steps(server: PostgresServer, tablespace: Path) -> Iterator[tuple[str, Calla
     yield "vacuum full", run("vacuum full account")
     yield "reindex", run("reindex table doc")
     yield "drop", run("drop table gone")
+    place = tablespace or ""
     yield (
         "tablespace",
         run(
-            f"create tablespace elsewhere location '{tablespace}'",
+            f"create tablespace elsewhere location '{place}'",
             "create table apart (id int primary key, v text) tablespace elsewhere",
             "insert into apart select i, md5(i::text) from generate_series(1, 2000) i",
         ),
@@ -178,6 +183,7 @@ def steps(server: PostgresServer, tablespace: Path) -> Iterator[tuple[str, Calla
         ),
     )
     strategies = ("wal_log", "file_copy") if server.major >= 15 else ("",)
+    first_copy = f"db_{strategies[0] or 'plain'}"
     for strategy in strategies:
         clause = f"strategy {strategy}" if strategy else ""
         yield (
@@ -186,7 +192,7 @@ def steps(server: PostgresServer, tablespace: Path) -> Iterator[tuple[str, Calla
         )
     yield (
         "in the new database",
-        run("insert into here select i, 'v' from generate_series(1, 500) i", dbname="db_wal_log"),
+        run("insert into here select i, 'v' from generate_series(1, 500) i", dbname=first_copy),
     )
     yield "rollback prepared", run("rollback prepared 'gid-two'")
     yield "matview", run("create materialized view v as select owner, count(*) from account group by 1")

@@ -1,12 +1,14 @@
 """pg_control: the state of a cluster, in the layouts of Postgres 14 to 18 on 64-bit little-endian machines.
 
+Read, and written back with other values: what this module does not know of a file stays as it was.
+
 Source: src/include/catalog/pg_control.h of each major (PG_CONTROL_VERSION 1300, 1700, 1800).
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 
 import google_crc32c
@@ -26,6 +28,7 @@ _VERSION_OF_MAJOR = {14: 1300, 15: 1300, 16: 1300, 17: 1700, 18: 1800}
 _CHECKPOINT = struct.Struct("<QII?3xiQIIIIIII4xqIII4x")
 _HEAD = struct.Struct("<QIIi4xqQ")
 _TAIL = struct.Struct("<QQI4xQQ?3xi?3xiiiii?3xIdIIIIIIII?3xI")
+_HEAD_OFFSET, _CHECKPOINT_OFFSET, _TAIL_OFFSET, _CHAR_SIGNED_OFFSET = 0, 40, 128, 256
 _FLOAT_PROBE = 1234567.0
 
 
@@ -68,6 +71,21 @@ class Checkpoint:
     newest_commit_ts_xid: int
     oldest_active_xid: int
     """0 in shutdown checkpoints."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Settings that a server reports in pg_control and, when they change, in its WAL."""
+
+    wal_level: int
+    """0 minimal, 1 replica, 2 logical."""
+    wal_log_hints: bool
+    track_commit_timestamp: bool
+    max_connections: int
+    max_worker_processes: int
+    max_wal_senders: int
+    max_prepared_transactions: int
+    max_locks_per_transaction: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +146,11 @@ class ControlFile:
         return self.checkpoint.tli
 
     @property
+    def parameters(self) -> Parameters:
+        """The settings it was last run with."""
+        return Parameters(**{field.name: getattr(self, field.name) for field in fields(Parameters)})
+
+    @property
     def data_checksums(self) -> bool:
         """Whether data pages carry checksums."""
         return self.data_checksum_version != 0
@@ -160,6 +183,29 @@ def parse_checkpoint(body: bytes, major: int) -> Checkpoint:
         oldest_commit_ts_xid=oldest_commit_ts_xid,
         newest_commit_ts_xid=newest_commit_ts_xid,
         oldest_active_xid=oldest_active_xid,
+    )
+
+
+def format_checkpoint(point: Checkpoint) -> bytes:
+    """The body of a checkpoint record that ``parse_checkpoint`` reads as this."""
+    return _CHECKPOINT.pack(
+        point.redo,
+        point.tli,
+        point.prev_tli,
+        point.full_page_writes,
+        point.wal_level or 0,  # padding before Postgres 17
+        point.next_xid,
+        point.next_oid,
+        point.next_multi,
+        point.next_multi_offset,
+        point.oldest_xid,
+        point.oldest_xid_db,
+        point.oldest_multi,
+        point.oldest_multi_db,
+        point.time // 1_000_000,
+        point.oldest_commit_ts_xid,
+        point.newest_commit_ts_xid,
+        point.oldest_active_xid,
     )
 
 
@@ -197,7 +243,7 @@ def parse_control(data: bytes, *, name: str = CONTROL_FILE) -> ControlFile:
         max_prepared, max_locks, track_commit_timestamp, max_align, float_probe, block_bytes,
         relation_segment_blocks, wal_block_bytes, segment_bytes, name_bytes, index_max_keys,
         toast_chunk_bytes, large_object_chunk_bytes, float8_by_value, data_checksum_version,
-    ) = _TAIL.unpack_from(data, 128)  # fmt: skip
+    ) = _TAIL.unpack_from(data, _TAIL_OFFSET)  # fmt: skip
     if float_probe != _FLOAT_PROBE or max_align != 8:
         raise FormatError(name, 204, "expected 8-byte alignment and IEEE floats, as on 64-bit machines")
     try:
@@ -212,7 +258,7 @@ def parse_control(data: bytes, *, name: str = CONTROL_FILE) -> ControlFile:
         state=cluster_state,
         time=time * 1_000_000,
         checkpoint_lsn=Lsn(checkpoint_lsn),
-        checkpoint=parse_checkpoint(bytes(data[40:128]), major),
+        checkpoint=parse_checkpoint(bytes(data[_CHECKPOINT_OFFSET:_TAIL_OFFSET]), major),
         unlogged_lsn=Lsn(unlogged_lsn),
         min_recovery_point=Lsn(min_recovery_point),
         min_recovery_point_tli=min_recovery_point_tli,
@@ -238,5 +284,63 @@ def parse_control(data: bytes, *, name: str = CONTROL_FILE) -> ControlFile:
         large_object_chunk_bytes=large_object_chunk_bytes,
         float8_by_value=float8_by_value,
         data_checksum_version=data_checksum_version,
-        default_char_signed=bool(data[256]) if major >= 18 else None,
+        default_char_signed=bool(data[_CHAR_SIGNED_OFFSET]) if major >= 18 else None,
     )
+
+
+def rewrite_control(data: bytes, control: ControlFile) -> bytes:
+    """The pg_control file ``data`` with the values of ``control`` and a checksum that fits them.
+
+    Bytes that ControlFile says nothing of, like the authentication nonce, stay. Raises FormatError when
+    ``data`` is not an intact pg_control, or is one of another cluster or layout.
+    """
+    old = parse_control(data)
+    if (old.system_identifier, old.catalog_version) != (control.system_identifier, control.catalog_version):
+        raise FormatError(CONTROL_FILE, 0, "expected the same cluster and major version")
+    out = bytearray(data)
+    _HEAD.pack_into(
+        out,
+        _HEAD_OFFSET,
+        control.system_identifier,
+        control.control_version,
+        control.catalog_version,
+        control.state,
+        control.time // 1_000_000,
+        control.checkpoint_lsn,
+    )
+    out[_CHECKPOINT_OFFSET:_TAIL_OFFSET] = format_checkpoint(control.checkpoint)
+    _TAIL.pack_into(
+        out,
+        _TAIL_OFFSET,
+        control.unlogged_lsn,
+        control.min_recovery_point,
+        control.min_recovery_point_tli,
+        control.backup_start_point,
+        control.backup_end_point,
+        control.backup_end_required,
+        control.wal_level,
+        control.wal_log_hints,
+        control.max_connections,
+        control.max_worker_processes,
+        control.max_wal_senders,
+        control.max_prepared_transactions,
+        control.max_locks_per_transaction,
+        control.track_commit_timestamp,
+        control.max_align,
+        _FLOAT_PROBE,
+        control.block_bytes,
+        control.relation_segment_blocks,
+        control.wal_block_bytes,
+        control.segment_bytes,
+        control.name_bytes,
+        control.index_max_keys,
+        control.toast_chunk_bytes,
+        control.large_object_chunk_bytes,
+        control.float8_by_value,
+        control.data_checksum_version,
+    )
+    if control.default_char_signed is not None:
+        out[_CHAR_SIGNED_OFFSET] = control.default_char_signed
+    crc_offset = _CRC_OFFSET[control.control_version]
+    struct.pack_into("<I", out, crc_offset, google_crc32c.value(bytes(out[:crc_offset])))
+    return bytes(out)

@@ -33,7 +33,8 @@ from timeline.pg.wal_machine import (
 RECORD_HEADER_BYTES = 24
 _HEADER = struct.Struct("<IIQBB2x")
 _CRC_OFFSET = 20
-_RM_XLOG, _RM_TABLESPACE = 0, 5
+RM_XLOG = 0
+_RM_TABLESPACE = 5
 _XLOG_NOOP = 0x20
 _TABLESPACE_CREATE = 0x00
 _MAX_RECORD_BYTES = 1 << 30
@@ -130,11 +131,38 @@ def tablespace_patches(
             continue
         record[path:] = bytes(len(record) - path)
         record[_CRC_OFFSET:RECORD_HEADER_BYTES] = _checksum(record).to_bytes(4, "little")
-        offset = 0
-        for lsn, length in _runs(at, len(record), segment_bytes):
-            patches.append(Patch(Lsn(lsn), bytes(record[offset : offset + length])))
-            offset += length
+        patches += record_patches(at, record, segment_bytes)
     return tuple(patches)
+
+
+def record_patches(at: Lsn, data: bytes | bytearray, segment_bytes: int) -> tuple[Patch, ...]:
+    """What puts the bytes of a record, from its start on, at LSN ``at``: page by page, never on a header."""
+    patches: list[Patch] = []
+    offset = 0
+    for lsn, length in _runs(at, len(data), segment_bytes):
+        patches.append(Patch(Lsn(lsn), bytes(data[offset : offset + length])))
+        offset += length
+    return tuple(patches)
+
+
+def record_end(at: Lsn, length: int, segment_bytes: int) -> Lsn:
+    """Just after the last byte of the record of that total length at ``at``; padding not counted."""
+    *_, (lsn, last) = _runs(at, length, segment_bytes)
+    return Lsn(lsn + last)
+
+
+def format_record(rmid: int, info: int, *, previous: Lsn, parts: bytes = b"") -> bytes:
+    """A record of no transaction: header, then ``parts``, which are block and data headers and their data."""
+    header = _HEADER.pack(RECORD_HEADER_BYTES + len(parts), 0, previous, info, rmid)
+    record = header + bytes(4) + parts
+    return header + _checksum(record).to_bytes(4, "little") + parts
+
+
+def relink_record(record: bytes, previous: Lsn) -> bytes:
+    """The same record as the successor of the one at ``previous``."""
+    length, xid, _, info, rmid = _HEADER.unpack_from(record)
+    linked = _HEADER.pack(length, xid, previous, info, rmid) + record[_CRC_OFFSET:]
+    return linked[:_CRC_OFFSET] + _checksum(linked).to_bytes(4, "little") + linked[RECORD_HEADER_BYTES:]
 
 
 def apply_patches(wal: bytearray | memoryview, start: Lsn, patches: Sequence[Patch]) -> None:
@@ -166,8 +194,7 @@ def noop_record(
         raise WalFormatError(at, "expected the end of a record, and one before it")
     out = bytearray()
     lsn = int(at)
-    record = bytearray(_HEADER.pack(RECORD_HEADER_BYTES, 0, previous, _XLOG_NOOP, _RM_XLOG) + bytes(4))
-    record[_CRC_OFFSET:] = _checksum(record).to_bytes(4, "little")
+    record = format_record(RM_XLOG, _XLOG_NOOP, previous=previous)
     start = None
     written = 0
     while written < len(record):
