@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import TypeVar
 
 from timeline.catalog.parallel import in_parallel
 from timeline.clock import Micros
@@ -22,14 +23,18 @@ from timeline.format.chunk import (
     Chunk,
     ChunkHeader,
     ChunkLayout,
+    PackedChunk,
     decode_chunk,
     decode_index_frame,
     decode_layout,
+    decode_packed,
 )
 from timeline.format.log import BranchState
 from timeline.format.wal_index import Coverage, WalIndex
 from timeline.lsn import Lsn
 from timeline.store.base import Listed, Store
+
+ChunkT = TypeVar("ChunkT", Chunk, PackedChunk)
 
 _READS = 32
 """Chunks read at once while following the chain."""
@@ -145,7 +150,16 @@ async def read_index(store: Store, chunk: TailChunk) -> WalIndex:
 async def read_chunk(store: Store, chunk: TailChunk) -> Chunk:
     """The whole chunk, verified; raises NotFound, DamagedStore."""
     data = await store.get(chunk.key)
-    found = await asyncio.to_thread(decode_chunk, data, chunk.key)
+    return _same(chunk, await asyncio.to_thread(decode_chunk, data, chunk.key))
+
+
+async def read_packed(store: Store, chunk: TailChunk) -> PackedChunk:
+    """The whole chunk with its WAL still compressed; raises NotFound, DamagedStore."""
+    data = await store.get(chunk.key)
+    return _same(chunk, await asyncio.to_thread(decode_packed, data, chunk.key))
+
+
+def _same(chunk: TailChunk, found: ChunkT) -> ChunkT:
     if found.header != chunk.header:
         raise DamagedStore(chunk.key, 0, "expected the header that was read before: chunks never change")
     return found
