@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 SEAL_PAUSE_SECONDS = 5.0
 """How often the tail is looked at for sealing; one LIST each."""
 SEAL_RETRY_SECONDS = 60.0
-CATCH_UP_POLL_SECONDS = 0.05
+CATCH_UP_POLL_SECONDS = 0.02
 ONCE_DELAY_SECONDS = 0.05
+ONCE_REQUESTS_PER_SECOND = 1000.0
+"""``--once`` has its small chunks bounded by its delay. The usual budget, which the full ones of a backlog exhaust,
+would only hold back the last chunk, and with it the end, for two seconds."""
 ONCE_PATIENCE_SECONDS = 20.0
 """How long ``--once`` waits for a source or store that does not answer; a service waits for ever."""
 BACKUP_RETRIES = 3
@@ -136,7 +139,7 @@ def archive_command(
     The first run makes a replication slot on the source, then takes a base backup beside the stream. Undo: tl detach.
     """
     from timeline.archive.basebackup import BackupOptions
-    from timeline.archive.status import ArchiverConfig
+    from timeline.archive.status import REQUESTS_PER_SECOND, ArchiverConfig
 
     config = ArchiverConfig(
         conninfo=settings.need_source(),
@@ -148,6 +151,7 @@ def archive_command(
         standbys=standbys,
         # A run that is to end soon has nothing to gain from waiting for more.
         max_delay_seconds=max_delay if max_delay is not None else (ONCE_DELAY_SECONDS if once else 1.0),
+        requests_per_second=ONCE_REQUESTS_PER_SECOND if once else REQUESTS_PER_SECOND,
     )
     # Nobody waits for a spread checkpoint in a run that is meant to end.
     options = BackupOptions(fast_checkpoint=fast_checkpoint or once, rate_bytes_per_second=rate_limit)
@@ -325,7 +329,7 @@ class _Archive:
             goal = (await source.probe(slot=None, sender_pid=None)).end
         finally:
             await source.aclose()
-        while archiver.status.durable is None or archiver.status.durable < goal:
+        while archiver.durable is None or archiver.durable < goal:
             await self._clock.sleep(CATCH_UP_POLL_SECONDS)
         self._stop.set()
 

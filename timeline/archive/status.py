@@ -10,6 +10,8 @@ from timeline.clock import Micros
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
 
+REQUESTS_PER_SECOND = 20.0
+
 
 @dataclass(frozen=True, slots=True)
 class ArchiverConfig:
@@ -36,7 +38,7 @@ class ArchiverConfig:
     uploads_in_flight: int = 4
     buffer_bytes: int = 32 << 20
     """WAL held in memory at most; beyond it the source is not read from."""
-    requests_per_second: float = 20.0
+    requests_per_second: float = REQUESTS_PER_SECOND
     """Budget of small chunks; full ones are always made."""
     heartbeat_seconds: float = 300.0
     """How often an idle source's coverage is written to the log."""
