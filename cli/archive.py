@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.config import Settings, source_option, store_options
+from cli.footprint import keep_small
 from cli.output import duration_text, emit_json, iso, note, on_terminal, say, size_text, warn
 from timeline.errors import TimelineError, Unavailable, UsageError
 from timeline.lsn import Lsn
@@ -138,7 +139,7 @@ def archive_command(
 
     The first run makes a replication slot on the source, then takes a base backup beside the stream. Undo: tl detach.
     """
-    from timeline.archive.basebackup import BackupOptions
+    keep_small()
     from timeline.archive.status import REQUESTS_PER_SECOND, ArchiverConfig
 
     config = ArchiverConfig(
@@ -154,8 +155,10 @@ def archive_command(
         requests_per_second=ONCE_REQUESTS_PER_SECOND if once else REQUESTS_PER_SECOND,
     )
     # Nobody waits for a spread checkpoint in a run that is meant to end.
-    options = BackupOptions(fast_checkpoint=fast_checkpoint or once, rate_bytes_per_second=rate_limit)
-    result = asyncio.run(_Archive(settings, config, options, once=once).run())
+    run = _Archive(
+        settings, config, once=once, fast_checkpoint=fast_checkpoint or once, backup_rate=rate_limit
+    )
+    result = asyncio.run(run.run())
     if settings.json:
         emit_json(result)
     elif result.durable is None:
@@ -170,7 +173,15 @@ def archive_command(
 class _Archive:
     """Archiver, base backup and sealing as one foreground run."""
 
-    def __init__(self, settings: Settings, config: object, options: BackupOptions, *, once: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        config: object,
+        *,
+        once: bool,
+        fast_checkpoint: bool,
+        backup_rate: int | None,
+    ) -> None:
         from timeline.archive.status import ArchiverConfig
         from timeline.clock import SystemClock
 
@@ -178,8 +189,9 @@ class _Archive:
             raise TypeError("an ArchiverConfig is expected")
         self._settings = settings
         self._config = config
-        self._options = options
         self._once = once
+        self._fast_checkpoint = fast_checkpoint
+        self._backup_rate = backup_rate
         self._clock: Clock = SystemClock()
         self._stop = asyncio.Event()
         self._said: tuple[str | None, ...] = ()
@@ -266,8 +278,12 @@ class _Archive:
             await self._clock.sleep(BASE_POLL_SECONDS if not checked else GAP_POLL_SECONDS)
 
     async def _take_base(self, store: Store, log: BranchLog) -> str:
-        from timeline.archive.basebackup import take_base_backup
+        # Late: most runs find a base backup, and what makes one takes a tenth of a second and 30 MB to import.
+        from timeline.archive.basebackup import BackupOptions, take_base_backup
 
+        options = BackupOptions(
+            fast_checkpoint=self._fast_checkpoint, rate_bytes_per_second=self._backup_rate
+        )
         for attempt in range(1, BACKUP_RETRIES + 1):
             note("taking a base backup (the source's files are read once)")
             try:
@@ -277,7 +293,7 @@ class _Archive:
                         store,
                         log,
                         self._clock,
-                        options=self._options,
+                        options=options,
                         on_status=progress,
                     )
             except Unavailable as error:

@@ -391,7 +391,7 @@ def test_memory_is_bounded_whatever_the_burst(make_postgres: MakePostgres, store
             "create table t as select g, md5(g::text) || repeat(md5((g + 1)::text), 20) as v "
             "from generate_series(1, 250000) g"
         )
-        archiver.wait_until(lambda status: status["buffered_bytes"] >= 30 << 20)
+        archiver.wait_until(lambda status: status["buffered_bytes"] >= 20 << 20)
         time.sleep(1)
         archiver.command("thaw")
         archiver.wait_durable(flushed(server), seconds=60)

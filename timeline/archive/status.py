@@ -36,8 +36,9 @@ class ArchiverConfig:
     """How old the oldest byte of a chunk may get; 0 as soon as an upload slot is free. A synchronous standby
     has 0."""
     uploads_in_flight: int = 4
-    buffer_bytes: int = 32 << 20
-    """WAL held in memory at most; beyond it the source is not read from."""
+    buffer_bytes: int = 24 << 20
+    """WAL held in memory at most; beyond it the source is not read from. Six chunks: those being uploaded, one
+    being scanned and one being received; more would only wait."""
     requests_per_second: float = REQUESTS_PER_SECOND
     """Budget of small chunks; full ones are always made."""
     heartbeat_seconds: float = 300.0
