@@ -104,8 +104,9 @@ class Tail:
         return self.chunks[0].header.created if self.chunks else None
 
 
-async def find_tail(store: Store, state: BranchState, tli: int) -> Tail:
-    """The chain of a tli as it is now.
+async def find_tail(store: Store, state: BranchState, tli: int, *, within_bytes: int | None = None) -> Tail:
+    """The chain of a tli as it is now; ``within_bytes``: only of chunks that start so close to its start, as if
+    there were no others.
 
     Raises NotFound when a chunk vanished between listing and reading (sealed and collected meanwhile: load
     the log again), DamagedStore when a header is not what its key says or another cluster's.
@@ -118,6 +119,8 @@ async def find_tail(store: Store, state: BranchState, tli: int) -> Tail:
         keys.chunk_prefix(state.branch, tli),
         after=keys.chunk(state.branch, tli, start - 1) if start else "",
     )
+    if within_bytes is not None:
+        listed = [item for item in listed if _starts_before(item.key, start + within_bytes)]
     read = await in_parallel(listed, lambda item: _read(store, state, item), limit=_READS)
     chunks = [chunk for chunk in read if chunk is not None]
     by_start = {chunk.start: chunk for chunk in chunks}
@@ -163,6 +166,11 @@ def _same(chunk: TailChunk, found: ChunkT) -> ChunkT:
     if found.header != chunk.header:
         raise DamagedStore(chunk.key, 0, "expected the header that was read before: chunks never change")
     return found
+
+
+def _starts_before(key: str, lsn: int) -> bool:
+    named = keys.parse_chunk(key)
+    return named is not None and named.start < lsn
 
 
 async def _read(store: Store, state: BranchState, listed: Listed) -> TailChunk | None:

@@ -67,7 +67,8 @@ async def seal(
         if tli is not None and known.tli != tli:
             continue
         try:
-            tail = await find_tail(store, state, known.tli)
+            # No more than one bite: behind a backlog the rest would be read again for each of them.
+            tail = await find_tail(store, state, known.tli, within_bytes=SEAL_BYTES)
             if tail.chunks and (force or known.end is not None or is_due(tail, clock)):
                 return await _seal(store, log, _adjoining(tail))
         except (LogConflict, NotFound):

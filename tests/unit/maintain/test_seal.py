@@ -406,6 +406,26 @@ def test_much_wal_is_sealed_in_bounded_bites() -> None:
     asyncio.run(work())
 
 
+def test_a_backlog_is_not_read_again_for_each_bite() -> None:
+    """Each chunk is read twice, its header and the whole, however many bites there are."""
+
+    async def work() -> None:
+        store = FaultyStore(MemoryStore())
+        archive = Archive(store)
+        await archive.begin(Server(1, FIRST))
+        await put_random_chunks(archive, [4 * MIB] * 48)
+        store.calls.clear()
+        while await seal(store, archive.log, archive.clock) is not None:
+            pass
+        reads = [call.key for call in store.calls if call.verb == "get" and call.key.startswith("wal/")]
+        (known,) = (await archive.state()).tlis
+        assert known.sealed - FIRST >= 2 * SEAL_BYTES
+        unsealed = len((await find_tail(store, await archive.state(), 1)).chunks)
+        assert len(reads) == 2 * (48 - unsealed) + unsealed
+
+    asyncio.run(work())
+
+
 def test_reading_back_keeps_within_its_bound() -> None:
     """P9: however much WAL is read, at most 64 MiB of it and what it is unpacked from is held."""
 
