@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.config import Settings, source_option, store_options
+from cli.footprint import keep_small
 from cli.output import duration_text, emit_json, iso, note, on_terminal, say, size_text, warn
 from timeline.errors import TimelineError, Unavailable, UsageError
 from timeline.lsn import Lsn
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 SEAL_PAUSE_SECONDS = 5.0
 """How often the tail is looked at for sealing; one LIST each."""
 SEAL_RETRY_SECONDS = 60.0
-CATCH_UP_POLL_SECONDS = 0.05
+CATCH_UP_POLL_SECONDS = 0.02
 ONCE_DELAY_SECONDS = 0.05
+ONCE_REQUESTS_PER_SECOND = 1000.0
+"""``--once`` has its small chunks bounded by its delay. The usual budget, which the full ones of a backlog exhaust,
+would only hold back the last chunk, and with it the end, for two seconds."""
 ONCE_PATIENCE_SECONDS = 20.0
 """How long ``--once`` waits for a source or store that does not answer; a service waits for ever."""
 BACKUP_RETRIES = 3
@@ -135,8 +139,8 @@ def archive_command(
 
     The first run makes a replication slot on the source, then takes a base backup beside the stream. Undo: tl detach.
     """
-    from timeline.archive.basebackup import BackupOptions
-    from timeline.archive.status import ArchiverConfig
+    keep_small()
+    from timeline.archive.status import REQUESTS_PER_SECOND, ArchiverConfig
 
     config = ArchiverConfig(
         conninfo=settings.need_source(),
@@ -148,10 +152,13 @@ def archive_command(
         standbys=standbys,
         # A run that is to end soon has nothing to gain from waiting for more.
         max_delay_seconds=max_delay if max_delay is not None else (ONCE_DELAY_SECONDS if once else 1.0),
+        requests_per_second=ONCE_REQUESTS_PER_SECOND if once else REQUESTS_PER_SECOND,
     )
     # Nobody waits for a spread checkpoint in a run that is meant to end.
-    options = BackupOptions(fast_checkpoint=fast_checkpoint or once, rate_bytes_per_second=rate_limit)
-    result = asyncio.run(_Archive(settings, config, options, once=once).run())
+    run = _Archive(
+        settings, config, once=once, fast_checkpoint=fast_checkpoint or once, backup_rate=rate_limit
+    )
+    result = asyncio.run(run.run())
     if settings.json:
         emit_json(result)
     elif result.durable is None:
@@ -166,7 +173,15 @@ def archive_command(
 class _Archive:
     """Archiver, base backup and sealing as one foreground run."""
 
-    def __init__(self, settings: Settings, config: object, options: BackupOptions, *, once: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        config: object,
+        *,
+        once: bool,
+        fast_checkpoint: bool,
+        backup_rate: int | None,
+    ) -> None:
         from timeline.archive.status import ArchiverConfig
         from timeline.clock import SystemClock
 
@@ -174,8 +189,9 @@ class _Archive:
             raise TypeError("an ArchiverConfig is expected")
         self._settings = settings
         self._config = config
-        self._options = options
         self._once = once
+        self._fast_checkpoint = fast_checkpoint
+        self._backup_rate = backup_rate
         self._clock: Clock = SystemClock()
         self._stop = asyncio.Event()
         self._said: tuple[str | None, ...] = ()
@@ -262,8 +278,12 @@ class _Archive:
             await self._clock.sleep(BASE_POLL_SECONDS if not checked else GAP_POLL_SECONDS)
 
     async def _take_base(self, store: Store, log: BranchLog) -> str:
-        from timeline.archive.basebackup import take_base_backup
+        # Late: most runs find a base backup, and what makes one takes a tenth of a second and 30 MB to import.
+        from timeline.archive.basebackup import BackupOptions, take_base_backup
 
+        options = BackupOptions(
+            fast_checkpoint=self._fast_checkpoint, rate_bytes_per_second=self._backup_rate
+        )
         for attempt in range(1, BACKUP_RETRIES + 1):
             note("taking a base backup (the source's files are read once)")
             try:
@@ -273,7 +293,7 @@ class _Archive:
                         store,
                         log,
                         self._clock,
-                        options=self._options,
+                        options=options,
                         on_status=progress,
                     )
             except Unavailable as error:
@@ -325,7 +345,7 @@ class _Archive:
             goal = (await source.probe(slot=None, sender_pid=None)).end
         finally:
             await source.aclose()
-        while archiver.status.durable is None or archiver.status.durable < goal:
+        while archiver.durable is None or archiver.durable < goal:
             await self._clock.sleep(CATCH_UP_POLL_SECONDS)
         self._stop.set()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from timeline.archive.budget import RequestBudget
-from timeline.archive.committer import CommitterStats
+from timeline.archive.committer import Committer, CommitterStats
 from timeline.archive.status import ArchiverConfig, ArchiverStatus
 from timeline.catalog.branch_log import BranchLog
 from timeline.clock import Clock
@@ -39,6 +39,8 @@ class RunState:
     moved: bool = False
     """Whether anything became durable since the runner last looked."""
     begun: Callable[[], None] = lambda: None
+    committer: Committer | None = None
+    """Of the last stream: knows what is durable now, while the status is as old as its last showing."""
 
     def tell(self, **changes: Any) -> None:
         """Change the status and show it."""

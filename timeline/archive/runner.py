@@ -32,6 +32,7 @@ from timeline.catalog.meta import read_meta
 from timeline.clock import Clock
 from timeline.errors import NotFound, TimelineError, Unavailable
 from timeline.ids import MAIN
+from timeline.lsn import Lsn
 from timeline.store.base import Store
 
 FIRST_PAUSE_SECONDS = 0.5
@@ -67,6 +68,13 @@ class Archiver:
         self.begun = asyncio.Event()
         """Set when the slot holds WAL and the log has begun: from then on a base backup may start."""
         self.status = ArchiverStatus()
+        self._state: RunState | None = None
+
+    @property
+    def durable(self) -> Lsn | None:
+        """Everything before it is in the store, as of this moment; ``None`` before anything was streamed."""
+        committer = self._state.committer if self._state is not None else None
+        return committer.durable if committer is not None else None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Archive until ``stop`` is set; then what was received is made durable and reported, and ``run``
@@ -96,6 +104,7 @@ class Archiver:
                 slot=slot,
                 begun=self.begun.set,
             )
+            self._state = run
             try:
                 await self._run(run, stop)
             except TimelineError as error:

@@ -304,6 +304,7 @@ class Session:
                 patience_seconds=config.store_patience_seconds,
                 on_change=self._connection.wake,
             )
+            run.committer = committer
             stack.push_async_callback(committer.aclose)
             stack.callback(lambda: run.add(committer.stats))
             stream = TliStream(

@@ -10,8 +10,10 @@ from timeline.clock import Micros
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
 
-BUFFER_BYTES = 32 << 20
-"""WAL held in memory at most; beyond it the source is not read from."""
+BUFFER_BYTES = 24 << 20
+"""WAL held in memory at most; beyond it the source is not read from. Six chunks: those being uploaded, one
+being scanned and one being received; more would only wait."""
+REQUESTS_PER_SECOND = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class ArchiverConfig:
     has 0."""
     uploads_in_flight: int = 4
     buffer_bytes: int = BUFFER_BYTES
-    requests_per_second: float = 20.0
+    requests_per_second: float = REQUESTS_PER_SECOND
     """Budget of small chunks; full ones are always made."""
     heartbeat_seconds: float = 300.0
     """How often an idle source's coverage is written to the log."""

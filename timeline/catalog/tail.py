@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import TypeVar
 
 from timeline.catalog.parallel import in_parallel
 from timeline.clock import Micros
@@ -22,14 +23,18 @@ from timeline.format.chunk import (
     Chunk,
     ChunkHeader,
     ChunkLayout,
+    PackedChunk,
     decode_chunk,
     decode_index_frame,
     decode_layout,
+    decode_packed,
 )
 from timeline.format.log import BranchState
 from timeline.format.wal_index import Coverage, WalIndex
 from timeline.lsn import Lsn
 from timeline.store.base import Listed, Store
+
+ChunkT = TypeVar("ChunkT", Chunk, PackedChunk)
 
 _READS = 32
 """Chunks read at once while following the chain."""
@@ -99,8 +104,9 @@ class Tail:
         return self.chunks[0].header.created if self.chunks else None
 
 
-async def find_tail(store: Store, state: BranchState, tli: int) -> Tail:
-    """The chain of a tli as it is now.
+async def find_tail(store: Store, state: BranchState, tli: int, *, within_bytes: int | None = None) -> Tail:
+    """The chain of a tli as it is now; ``within_bytes``: only of chunks that start so close to its start, as if
+    there were no others.
 
     Raises NotFound when a chunk vanished between listing and reading (sealed and collected meanwhile: load
     the log again), DamagedStore when a header is not what its key says or another cluster's.
@@ -113,6 +119,8 @@ async def find_tail(store: Store, state: BranchState, tli: int) -> Tail:
         keys.chunk_prefix(state.branch, tli),
         after=keys.chunk(state.branch, tli, start - 1) if start else "",
     )
+    if within_bytes is not None:
+        listed = [item for item in listed if _starts_before(item.key, start + within_bytes)]
     read = await in_parallel(listed, lambda item: _read(store, state, item), limit=_READS)
     chunks = [chunk for chunk in read if chunk is not None]
     by_start = {chunk.start: chunk for chunk in chunks}
@@ -145,10 +153,24 @@ async def read_index(store: Store, chunk: TailChunk) -> WalIndex:
 async def read_chunk(store: Store, chunk: TailChunk) -> Chunk:
     """The whole chunk, verified; raises NotFound, DamagedStore."""
     data = await store.get(chunk.key)
-    found = await asyncio.to_thread(decode_chunk, data, chunk.key)
+    return _same(chunk, await asyncio.to_thread(decode_chunk, data, chunk.key))
+
+
+async def read_packed(store: Store, chunk: TailChunk) -> PackedChunk:
+    """The whole chunk with its WAL still compressed; raises NotFound, DamagedStore."""
+    data = await store.get(chunk.key)
+    return _same(chunk, await asyncio.to_thread(decode_packed, data, chunk.key))
+
+
+def _same(chunk: TailChunk, found: ChunkT) -> ChunkT:
     if found.header != chunk.header:
         raise DamagedStore(chunk.key, 0, "expected the header that was read before: chunks never change")
     return found
+
+
+def _starts_before(key: str, lsn: int) -> bool:
+    named = keys.parse_chunk(key)
+    return named is not None and named.start < lsn
 
 
 async def _read(store: Store, state: BranchState, listed: Listed) -> TailChunk | None:

@@ -17,7 +17,7 @@ from typing import Any
 from timeline.clock import Micros
 from timeline.errors import DamagedStore
 from timeline.format import keys, value_json, zstd_frame
-from timeline.format.digest import hex_digest_of
+from timeline.format.digest import hex_digest_of, parse_digest
 from timeline.format.features import check_envelope
 from timeline.format.wal_index import Coverage, WalIndex
 from timeline.format.wal_index_codec import decode_index, encode_index
@@ -25,8 +25,6 @@ from timeline.lsn import Lsn
 
 HEADER_READ_BYTES = 4096
 """A prefix of this length always holds the whole header [CHK-4]."""
-FRAME_BYTES = 1 << 20
-"""Raw bytes of every frame but the last."""
 CHUNK_MAX_BYTES = 32 << 20
 """Raw bytes of a chunk at most (archivers cut at 4 MiB); bounds what a reader allocates."""
 INDEX_MAX_BYTES = 32 << 20
@@ -74,6 +72,39 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedChunk:
+    """A chunk whose WAL is not unpacked: its stored bytes are verified, its index is decoded."""
+
+    layout: ChunkLayout
+    key: str
+    frames: memoryview
+    """The stored frames, back to back."""
+    index: WalIndex
+
+    @property
+    def header(self) -> ChunkHeader:
+        """What the chunk says about itself."""
+        return self.layout.header
+
+    def unpack(self) -> bytes:
+        """The WAL, verified; raises DamagedStore."""
+        at = self.layout.header_bytes
+        parts = [
+            zstd_frame.decompress(
+                self.frames[frame.offset - at :][: frame.stored_bytes],
+                frame.raw_bytes,
+                self.key,
+                frame.offset,
+            )
+            for frame in self.layout.frames
+        ]
+        wal = parts[0] if len(parts) == 1 else b"".join(parts)
+        if hex_digest_of(wal) != self.header.digest:
+            raise DamagedStore(self.key, at, f"expected WAL with BLAKE3 {self.header.digest}")
+        return wal
+
+
+@dataclass(frozen=True, slots=True)
 class StoredFrame:
     """One zstd frame inside a chunk."""
 
@@ -111,15 +142,14 @@ def encode_chunk(header: ChunkHeader, wal: bytes | bytearray | memoryview, index
     view = memoryview(wal)
     if not 0 < len(view) <= CHUNK_MAX_BYTES or len(view) != header.end - header.start:
         raise ValueError(f"chunk {header.start} to {header.end} cannot hold {len(view)} bytes of WAL")
-    frames = [zstd_frame.compress(view[at : at + FRAME_BYTES]) for at in range(0, len(view), FRAME_BYTES)]
-    raw_lengths = [min(FRAME_BYTES, len(view) - at) for at in range(0, len(view), FRAME_BYTES)]
-    payload = b"".join(frames)
+    # One frame, because sealing can then take it over as it is.
+    payload = zstd_frame.compress(view)
     raw_index = encode_index(index)
     if len(raw_index) > INDEX_MAX_BYTES:
         raise ValueError(f"the index of a chunk cannot take {len(raw_index)} bytes")
     stored_index = zstd_frame.compress(raw_index)
     members = value_json.to_json(replace(header, digest=hex_digest_of(view)))
-    members["frames"] = [[len(frame), raw] for frame, raw in zip(frames, raw_lengths, strict=True)]
+    members["frames"] = [[len(payload), len(view)]]
     members["frames_digest"] = hex_digest_of(payload)
     members["index"] = [len(stored_index), len(raw_index)]
     members["index_digest"] = hex_digest_of(stored_index)
@@ -171,35 +201,25 @@ def decode_layout(data: bytes | memoryview, key: str) -> ChunkLayout:
 
 def decode_chunk(data: bytes | memoryview, key: str) -> Chunk:
     """The chunk, every byte verified; raises DamagedStore, UnknownFeature."""
+    packed = decode_packed(data, key)
+    return Chunk(header=packed.header, wal=packed.unpack(), index=packed.index)
+
+
+def decode_packed(data: bytes | memoryview, key: str) -> PackedChunk:
+    """The chunk with its WAL still compressed, every stored byte verified; raises DamagedStore,
+    UnknownFeature."""
     layout = decode_layout(data, key)
     if len(data) != layout.size:
         raise DamagedStore(key, min(len(data), layout.size), f"expected an object of {layout.size} bytes")
     view = memoryview(data)
-    wal = decode_frames(view[layout.header_bytes : layout.index.offset], layout, key)
-    index = decode_index_frame(view[layout.index.offset :], layout, key)
-    return Chunk(header=layout.header, wal=wal, index=index)
-
-
-def decode_frames(stored: bytes | memoryview, layout: ChunkLayout, key: str) -> bytes:
-    """The WAL out of the stored frames (the bytes from ``header_bytes`` to ``index.offset``), verified."""
-    expected = layout.index.offset - layout.header_bytes
-    if len(stored) != expected or hex_digest_of(stored) != layout.frames_digest:
+    frames = view[layout.header_bytes : layout.index.offset]
+    if hex_digest_of(frames) != layout.frames_digest:
         raise DamagedStore(
             key,
             layout.header_bytes,
-            f"expected {expected} bytes of frames with BLAKE3 {layout.frames_digest}",
+            f"expected {len(frames)} bytes of frames with BLAKE3 {layout.frames_digest}",
         )
-    view = memoryview(stored)
-    parts = []
-    for frame in layout.frames:
-        at = frame.offset - layout.header_bytes
-        parts.append(
-            zstd_frame.decompress(view[at : at + frame.stored_bytes], frame.raw_bytes, key, frame.offset)
-        )
-    wal = parts[0] if len(parts) == 1 else b"".join(parts)
-    if hex_digest_of(wal) != layout.header.digest:
-        raise DamagedStore(key, layout.header_bytes, f"expected WAL with BLAKE3 {layout.header.digest}")
-    return wal
+    return PackedChunk(layout, key, frames, decode_index_frame(view[layout.index.offset :], layout, key))
 
 
 def decode_index_frame(stored: bytes | memoryview, layout: ChunkLayout, key: str) -> WalIndex:
@@ -217,6 +237,7 @@ def decode_index_frame(stored: bytes | memoryview, layout: ChunkLayout, key: str
 
 def _layout(members: dict[str, Any], header_bytes: int) -> ChunkLayout:
     header = value_json.from_json(ChunkHeader, members)
+    parse_digest(header.digest)
     frames = []
     at = header_bytes
     for stored_bytes, raw_bytes in members["frames"]:

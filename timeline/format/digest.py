@@ -16,3 +16,11 @@ def digest_of(data: bytes | bytearray | memoryview) -> bytes:
 def hex_digest_of(data: bytes | bytearray | memoryview) -> str:
     """BLAKE3 of the bytes, 64 hex digits."""
     return str(blake3(data).hexdigest())
+
+
+def parse_digest(text: str) -> bytes:
+    """The 32 bytes behind 64 hex digits; raises ValueError for anything else."""
+    digest = bytes.fromhex(text)
+    if len(digest) != DIGEST_BYTES:
+        raise ValueError(f"expected a digest of {DIGEST_BYTES} bytes, found {len(digest)}")
+    return digest

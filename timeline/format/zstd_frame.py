@@ -39,13 +39,22 @@ def decompress(stored: bytes | memoryview, raw_bytes: int, key: str, offset: int
     Raises DamagedStore(key, offset, …) for anything else: another length, a wrong checksum, none at all,
     bytes left over. The caller bounds ``raw_bytes``.
     """
+    check(stored, raw_bytes, key, offset)
     try:
-        parameters = zstandard.get_frame_parameters(stored)
-        if parameters.content_size != raw_bytes or not parameters.has_checksum:
-            raise DamagedStore(key, offset, f"expected a zstd frame of {raw_bytes} bytes with a checksum")
         raw = _contexts.decompressor.decompress(stored, max_output_size=raw_bytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise DamagedStore(key, offset, f"expected an intact zstd frame of {raw_bytes} bytes") from error
     if len(raw) != raw_bytes:
         raise DamagedStore(key, offset, f"expected {raw_bytes} bytes, the frame holds {len(raw)}")
     return raw
+
+
+def check(stored: bytes | memoryview, raw_bytes: int, key: str, offset: int) -> None:
+    """Raise DamagedStore(key, offset, …) unless the frame says that it holds ``raw_bytes`` bytes and a
+    checksum. What follows its header is not looked at."""
+    try:
+        parameters = zstandard.get_frame_parameters(stored)
+    except zstandard.ZstdError as error:
+        raise DamagedStore(key, offset, "expected a zstd frame") from error
+    if parameters.content_size != raw_bytes or not parameters.has_checksum:
+        raise DamagedStore(key, offset, f"expected a zstd frame of {raw_bytes} bytes with a checksum")

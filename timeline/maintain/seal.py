@@ -6,8 +6,12 @@ that nobody names, for the collector; the next seal does the work anew. Of sever
 commits and the others' entries no longer fit the log: they did nothing. The chunks stay: below the sealed
 LSN they are void, and removing them is the collector's work (P2).
 
-Memory: about 70 MB. A pack under way and its finished copy (32 MiB), chunks read ahead (8 MiB raw and
-stored), a frame raw and compressed (8 MiB), and the index of at most SEAL_BYTES of WAL.
+Cost: a chunk of more than half of FRAME_BYTES, as all are that an archiver cuts under load, goes into the pack
+with its stored bytes as they are: they are read, verified and written again, and that is all. Only small chunks
+are unpacked, put together and compressed anew.
+
+Memory: about 70 MB. A pack under way and its finished copy (32 MiB), chunks read ahead (4 MiB) and in hand
+(4 MiB) with their stored bytes, a frame raw and compressed (8 MiB), and the index of at most SEAL_BYTES of WAL.
 """
 
 from __future__ import annotations
@@ -20,11 +24,12 @@ from dataclasses import replace
 from timeline.catalog.branch_log import BranchLog
 from timeline.catalog.index_merge import merge_indexes
 from timeline.catalog.parallel import in_order
-from timeline.catalog.tail import Tail, TailChunk, find_tail, read_chunk
+from timeline.catalog.tail import Tail, TailChunk, find_tail, read_packed
 from timeline.clock import Clock
 from timeline.errors import DamagedStore, LogConflict, NotFound
-from timeline.format import keys
-from timeline.format.chunk import Chunk
+from timeline.format import keys, zstd_frame
+from timeline.format.chunk import PackedChunk
+from timeline.format.digest import parse_digest
 from timeline.format.log import Seal, SealedRange
 from timeline.format.manifest import WalFrame
 from timeline.format.pack import WAL, PackBuilder
@@ -62,7 +67,8 @@ async def seal(
         if tli is not None and known.tli != tli:
             continue
         try:
-            tail = await find_tail(store, state, known.tli)
+            # No more than one bite: behind a backlog the rest would be read again for each of them.
+            tail = await find_tail(store, state, known.tli, within_bytes=SEAL_BYTES)
             if tail.chunks and (force or known.end is not None or is_due(tail, clock)):
                 return await _seal(store, log, _adjoining(tail))
         except (LogConflict, NotFound):
@@ -124,10 +130,10 @@ async def _seal(store: Store, log: BranchLog, chunks: Sequence[TailChunk]) -> Se
 async def _pack(store: Store, chunks: Sequence[TailChunk]) -> list[WalFrame]:
     """Write the chunks' WAL into packs; the frames, where they are now."""
     packer = _Packer(store, chunks[0].header.store_id)
-    together: list[Chunk] = []
+    together: list[PackedChunk] = []
     reads = in_order(
         chunks,
-        lambda chunk: read_chunk(store, chunk),
+        lambda chunk: read_packed(store, chunk),
         limit=_READS,
         cost=lambda chunk: chunk.end - chunk.start,
         budget=_READ_AHEAD_BYTES,
@@ -154,11 +160,10 @@ class _Packer:
         """Frames of the pack under way, whose name is not known yet."""
         self.frames: list[WalFrame] = []
 
-    async def add(self, chunks: Sequence[Chunk]) -> None:
+    async def add(self, chunks: Sequence[PackedChunk]) -> None:
         """One frame of adjoining chunks."""
-        wal = b"".join(chunk.wal for chunk in chunks)
         index = merge_indexes([chunk.index for chunk in chunks])
-        stored, digest = await asyncio.to_thread(encode_wal_frame, wal)
+        stored, digest = await asyncio.to_thread(_frame_of, chunks)
         self._waiting.append(
             WalFrame(
                 tli=chunks[0].header.tli,
@@ -189,6 +194,16 @@ class _Packer:
         self.frames += (replace(frame, pack=pack) for frame in self._waiting)
         self._waiting = []
         self._builder = PackBuilder(self._store_id, WAL)
+
+
+def _frame_of(chunks: Sequence[PackedChunk]) -> tuple[bytes | memoryview, bytes]:
+    """(stored frame, digest) of adjoining chunks. A chunk by itself is a frame already: it is taken over as it
+    is, so that sealing what comes in full chunks neither unpacks nor compresses anything."""
+    first = chunks[0]
+    if len(chunks) == 1 and len(first.layout.frames) == 1:
+        zstd_frame.check(first.frames, first.layout.frames[0].raw_bytes, first.key, first.layout.header_bytes)
+        return first.frames, parse_digest(first.header.digest)
+    return encode_wal_frame(b"".join(chunk.unpack() for chunk in chunks))
 
 
 async def _create(store: Store, key: str, data: bytes) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import struct
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -16,7 +19,10 @@ from timeline.catalog.line import Span
 from timeline.catalog.tail import find_tail
 from timeline.catalog.when import AtTime, Latest, When
 from timeline.errors import DamagedStore
-from timeline.format import keys
+from timeline.format import keys, zstd_frame
+from timeline.format.chunk import decode_chunk, decode_layout, decode_packed
+from timeline.format.digest import hex_digest_of
+from timeline.format.manifest import WalFrame
 from timeline.format.pack import verify_pack
 from timeline.format.wal_index import Coverage, WalIndex, no_commits, no_touches
 from timeline.lsn import Lsn
@@ -314,6 +320,65 @@ async def put_random_chunks(archive: Archive, sizes: list[int], seed: int = 7) -
     return start
 
 
+async def chunk_and_frame(archive: Archive) -> tuple[bytes, WalFrame]:
+    """The stored frames of the only chunk, and the only frame that sealing made of it."""
+    (chunk,) = (await find_tail(archive.store, await archive.state(), 1)).chunks
+    data = await archive.store.get(chunk.key)
+    sealed = await archive.seal()
+    assert sealed is not None and (sealed.start, sealed.end) == (chunk.start, chunk.end)
+    (frame,) = await read_frames(archive.store, sealed)
+    assert await wal_of(archive, chunk.start, chunk.end) == decode_chunk(data, chunk.key).wal
+    return bytes(decode_packed(data, chunk.key).frames), frame
+
+
+async def stored_bytes(archive: Archive, frame: WalFrame) -> bytes:
+    return await archive.store.get(keys.pack(frame.pack), frame.offset, frame.stored_bytes)
+
+
+def test_a_chunk_of_one_frame_is_taken_over_as_it_is() -> None:
+    """[CHK-2]: neither unpacked nor compressed again."""
+
+    async def work() -> None:
+        archive = Archive()
+        await archive.begin(Server(1, FIRST))
+        await put_random_chunks(archive, [3 * MIB])
+        stored, frame = await chunk_and_frame(archive)
+        assert await stored_bytes(archive, frame) == stored
+
+    asyncio.run(work())
+
+
+def test_a_chunk_of_several_frames_becomes_one() -> None:
+    """[CHK-2]: as earlier writers made them."""
+
+    async def work() -> None:
+        archive = Archive()
+        await archive.begin(Server(1, FIRST))
+        await put_random_chunks(archive, [3 * MIB])
+        (listed,) = await archive.store.list("wal/")
+        whole = await archive.store.get(listed.key)
+        await archive.store.delete([listed.key])
+        await archive.store.create(listed.key, cut_into_frames(whole, listed.key, MIB))
+        stored, frame = await chunk_and_frame(archive)
+        assert frame.end - frame.start == 3 * MIB
+        assert await stored_bytes(archive, frame) != stored
+
+    asyncio.run(work())
+
+
+def cut_into_frames(whole: bytes, key: str, frame_bytes: int) -> bytes:
+    """The chunk with its WAL in several frames."""
+    chunk, layout = decode_chunk(whole, key), decode_layout(whole, key)
+    pieces = [chunk.wal[at : at + frame_bytes] for at in range(0, len(chunk.wal), frame_bytes)]
+    frames = [zstd_frame.compress(piece) for piece in pieces]
+    header = json.loads(whole[16 : layout.header_bytes])
+    header["frames"] = [[len(frame), len(piece)] for frame, piece in zip(frames, pieces, strict=True)]
+    header["frames_digest"] = hex_digest_of(b"".join(frames))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    prefix = whole[:8] + struct.pack("<II", len(text), zlib.crc32(text))
+    return b"".join((prefix, text, *frames, whole[layout.index.offset :]))
+
+
 def test_much_wal_is_sealed_in_bounded_bites() -> None:
     """P9: about SEAL_BYTES at a time, frames of at most FRAME_BYTES, packs below 32 MiB, 100 MB of memory."""
 
@@ -337,6 +402,26 @@ def test_much_wal_is_sealed_in_bounded_bites() -> None:
         assert lengths.count(3 * MIB) >= 3
         assert all(listed.size < 32 * MIB for listed in await archive.store.list("packs/"))
         assert len({frame.pack for frame in frames}) > 1
+
+    asyncio.run(work())
+
+
+def test_a_backlog_is_not_read_again_for_each_bite() -> None:
+    """Each chunk is read twice, its header and the whole, however many bites there are."""
+
+    async def work() -> None:
+        store = FaultyStore(MemoryStore())
+        archive = Archive(store)
+        await archive.begin(Server(1, FIRST))
+        await put_random_chunks(archive, [4 * MIB] * 48)
+        store.calls.clear()
+        while await seal(store, archive.log, archive.clock) is not None:
+            pass
+        reads = [call.key for call in store.calls if call.verb == "get" and call.key.startswith("wal/")]
+        (known,) = (await archive.state()).tlis
+        assert known.sealed - FIRST >= 2 * SEAL_BYTES
+        unsealed = len((await find_tail(store, await archive.state(), 1)).chunks)
+        assert len(reads) == 2 * (48 - unsealed) + unsealed
 
     asyncio.run(work())
 
