@@ -14,6 +14,7 @@ import click
 from cli.config import Settings, source_option, store_options
 from cli.footprint import keep_small
 from cli.output import duration_text, emit_json, iso, note, on_terminal, say, size_text, warn
+from cli.snapshot_schedule import DEFAULT_MIB, SnapshotSchedule
 from timeline.errors import TimelineError, Unavailable, UsageError
 from timeline.lsn import Lsn
 
@@ -119,11 +120,20 @@ class BackupResult:
 @click.option(
     "--standby", "standbys", multiple=True, metavar="CONNINFO", help="Keep a slot on this standby, too."
 )
+@click.option(
+    "--snapshot-every",
+    type=click.FloatRange(min=0),
+    default=DEFAULT_MIB,
+    show_default=True,
+    metavar="MIB",
+    help="Build a snapshot whenever so much WAL has come; 0: never.",
+)
 @source_option
 @store_options
 def archive_command(
     *,
     settings: Settings,
+    snapshot_every: float,
     once: bool,
     max_delay: float | None,
     slot: str | None,
@@ -138,6 +148,8 @@ def archive_command(
     """Stream the source's WAL into the store until told to stop (SIGINT, SIGTERM).
 
     The first run makes a replication slot on the source, then takes a base backup beside the stream. Undo: tl detach.
+    Snapshots are built on this host from the store alone, by a child process, where FUSE and the binaries of the
+    source's major version are at hand.
     """
     keep_small()
     from timeline.archive.status import REQUESTS_PER_SECOND, ArchiverConfig
@@ -156,7 +168,12 @@ def archive_command(
     )
     # Nobody waits for a spread checkpoint in a run that is meant to end.
     run = _Archive(
-        settings, config, once=once, fast_checkpoint=fast_checkpoint or once, backup_rate=rate_limit
+        settings,
+        config,
+        once=once,
+        fast_checkpoint=fast_checkpoint or once,
+        backup_rate=rate_limit,
+        snapshot_mib=0 if once else snapshot_every,
     )
     result = asyncio.run(run.run())
     if settings.json:
@@ -181,6 +198,7 @@ class _Archive:
         once: bool,
         fast_checkpoint: bool,
         backup_rate: int | None,
+        snapshot_mib: float,
     ) -> None:
         from timeline.archive.status import ArchiverConfig
         from timeline.clock import SystemClock
@@ -192,6 +210,8 @@ class _Archive:
         self._once = once
         self._fast_checkpoint = fast_checkpoint
         self._backup_rate = backup_rate
+        self._snapshot_mib = snapshot_mib
+        self._based = asyncio.Event()
         self._clock: Clock = SystemClock()
         self._stop = asyncio.Event()
         self._said: tuple[str | None, ...] = ()
@@ -219,7 +239,8 @@ class _Archive:
             backing_up = asyncio.create_task(self._ensure_base(archiver, store))
             sealing = asyncio.create_task(self._seal(store))
             catching_up = asyncio.create_task(self._catch_up(archiver, backing_up)) if self._once else None
-            helpers = [task for task in (backing_up, sealing, catching_up) if task is not None]
+            building = self._start_building(archiver)
+            helpers = [task for task in (backing_up, sealing, building, catching_up) if task is not None]
             try:
                 # The archiver decides: it ends by a stop or by an error that cannot pass. A failed first backup
                 # or catch-up ends it, too; a failed seal never does.
@@ -252,6 +273,12 @@ class _Archive:
             elapsed_seconds=self._clock.monotonic() - began,
         )
 
+    def _start_building(self, archiver: Archiver) -> asyncio.Task[None] | None:
+        if self._snapshot_mib <= 0:
+            return None
+        schedule = SnapshotSchedule(self._settings, self._clock, self._snapshot_mib, note)
+        return asyncio.create_task(schedule.run(lambda: archiver.durable, self._based))
+
     async def _ensure_base(self, archiver: Archiver, store: Store) -> str | None:
         """Take a base backup when there is none, or none after a gap; the id of the first one taken.
 
@@ -273,6 +300,7 @@ class _Archive:
                 if head is not None and _lacks_base(head.state):
                     self._snapshot = await self._take_base(store, log)
                 checked = True
+                self._based.set()
                 if self._once:
                     return self._snapshot
             await self._clock.sleep(BASE_POLL_SECONDS if not checked else GAP_POLL_SECONDS)

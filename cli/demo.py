@@ -176,7 +176,17 @@ class _Demo:
     def _archiver(self, environment: dict[str, str], place: Path) -> Iterator[None]:
         with (place / "archive.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "cli.main", "archive", "--fast-checkpoint", "--max-delay", "0.2"],
+                [
+                    sys.executable,
+                    "-m",
+                    "cli.main",
+                    "archive",
+                    "--fast-checkpoint",
+                    "--max-delay",
+                    "0.2",
+                    "--snapshot-every",
+                    "0",
+                ],
                 env=environment,
                 stdout=log,
                 stderr=log,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import click
 
 from cli.config import Settings, store_options
 from cli.output import duration_text, emit_json, iso, say, size_text
+from timeline.errors import Unavailable
 from timeline.ids import MAIN
 
 if TYPE_CHECKING:
@@ -61,12 +64,22 @@ def snapshot_command(*, settings: Settings, at_least_mib: float) -> None:
                     say(_line(build))
         return done
 
-    builds = asyncio.run(run())
+    builds = asyncio.run(stoppable(run()))
     made = [build for build in builds if build.snapshot is not None]
     if settings.json:
         emit_json({"snapshots": [_document(build) for build in made], "reason": builds[-1].reason})
     elif not made:
         say(f"nothing to build: {builds[-1].reason}")
+
+
+async def stoppable(work: Coroutine[None, None, list[Build]]) -> list[Build]:
+    """Let SIGTERM end the work as SIGINT does: with everything cleared up."""
+    task = asyncio.ensure_future(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise Unavailable("stopped before a snapshot was built", hint="nothing was changed") from None
 
 
 def _line(build: Build) -> str:

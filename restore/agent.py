@@ -20,7 +20,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,13 @@ def mounts(state: Path) -> tuple[AgentMount, ...]:
     return tuple(AgentMount(m["mountpoint"], int(m["pid"]), m["spec"]) for m in answer["mounts"])
 
 
-def register(state: Path, branch_id: str, expires: Micros, command: Sequence[str]) -> None:
+def register(
+    state: Path,
+    branch_id: str,
+    expires: Micros,
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+) -> None:
     """Have ``command`` run when the branch has expired, at most every 30 s until ``unregister``.
 
     Starts an agent if there is none, and keeps it alive, so it works for branches without a mount too.
@@ -122,7 +128,7 @@ def register(state: Path, branch_id: str, expires: Micros, command: Sequence[str
         "branch": branch_id,
         "expires": expires,
         "command": list(command),
-        "environment": _environment(),
+        "environment": {**_environment(), **(environment or {})},
     }
     _ask_started(state, request, ANSWER_SECONDS)
 

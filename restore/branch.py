@@ -271,7 +271,8 @@ class HostBranches:
         code = f"import sys; sys.path.insert(0, {root!r}); from cli.main import main; main()"
         command = [sys.executable, "-c", code, "expire"]
         expires = branch.expires or 0
-        await to_the_end(lambda: agent.register(self.host.state, branch.id, expires, command))
+        place = {"TL_STATE": os.fspath(self.host.state), "TL_CACHE": os.fspath(self.host.cache)}
+        await to_the_end(lambda: agent.register(self.host.state, branch.id, expires, command, place))
 
     def _state(self, branch: LocalBranch) -> str:
         server = branch.server

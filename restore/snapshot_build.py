@@ -37,7 +37,7 @@ from restore.branch_request import BranchRequest, StoreAddress
 from restore.cache import DiskCache
 from restore.eager import read_listing
 from restore.fetcher import Counters, Fetcher
-from restore.host import Host
+from restore.host import Host, find_host
 from restore.lazy_host import lazy_obstacle
 from restore.local_branch import LAZY, LocalBranch
 from restore.open_file import OpenFile
@@ -112,7 +112,9 @@ async def build_snapshots(
     builder on this host), and what making a branch raises.
     """
     host.make()
-    workshop = dataclasses.replace(host, state=host.state / "build")
+    # A place of its own: nobody sees builders among the branches, and their agent expires those of a killed build.
+    environ = {**environ, "TL_STATE": os.fspath(host.state / "build"), "TL_CACHE": os.fspath(host.cache)}
+    workshop = find_host(environ)
     workshop.make()
     obstacle = lazy_obstacle(workshop)
     if obstacle is not None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from tests.fix_postgres import MAJORS
 from tests.support.postgres import PostgresServer, scratch
 from tests.support.redo_points import differing_pages
 from tests.support.restored import stock_recovery
-from tests.support.tl_host import Host, make_host
+from tests.support.tl_host import TL, Host, make_host
 from tests.support.workload import prepare, steps
 from timeline.catalog.branch_log import read_head
 from timeline.format.log import BUILT, BranchState, Snapshot
@@ -213,3 +215,50 @@ def test_the_newest_page_counts() -> None:
     )
     assert newest_page(pages) == Lsn(1 << 32 | 2)
     assert newest_page(b"") == Lsn(0)
+
+
+@pytest.mark.fuse
+def test_the_archiver_builds_them_by_itself(make_place: Callable[[int], Place]) -> None:
+    """In a child process; a stop in the middle of a build leaves nothing behind."""
+    place = make_place(15)
+    place.archive()
+    archiver = place.host.start_archiver("--snapshot-every", "4")
+    try:
+        place.server.sql("create table t as select generate_series(1, 150000) i")
+        deadline = time.monotonic() + 90
+        while all(snapshot.kind != BUILT for snapshot in state_of(place.host.store).snapshots):
+            assert time.monotonic() < deadline, (place.host.directory / "archive.log").read_text()
+            time.sleep(0.2)
+        place.server.sql("insert into t select generate_series(1, 150000) i")
+        time.sleep(2.5)
+    finally:
+        archiver.terminate()
+        assert archiver.wait(timeout=90) == 0
+    build = Path(place.host.environment["TL_STATE"]) / "build"
+    assert os.listdir(build / "branches") == []
+    assert str(build) not in Path("/proc/mounts").read_text()
+
+
+@pytest.mark.fuse
+def test_what_a_killed_build_left_is_removed_by_the_next(make_place: Callable[[int], Place]) -> None:
+    """EDGE 57: nothing of it is used, either."""
+    place = make_place(15)
+    place.server.sql("create table t (i int)")
+    place.archive()
+    place.server.sql("insert into t select generate_series(1, 300000) i")
+    place.archive()
+    build = Path(place.host.environment["TL_STATE"]) / "build"
+    child = subprocess.Popen(
+        [TL, "snapshot", "--json"], env=place.host.environment, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(build.glob("branches/*/data/postmaster.pid")):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    child.kill()
+    child.communicate()
+    assert all(snapshot.kind != BUILT for snapshot in state_of(place.host.store).snapshots)
+    assert len(place.snapshot()) == 1
+    assert os.listdir(build / "branches") == []
+    branch = place.host.tl("branch", "x")
+    assert place.value(branch["dsn"], "select count(*) from t") == "300000"
