@@ -19,7 +19,7 @@ import contextlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from timeline.archive.backup_compare import explained_by_lsn
 from timeline.errors import DamagedStore
@@ -61,7 +61,7 @@ UNKNOWN = KnownGroup()
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One group of a file, as read from the source."""
+    """One group of a file, or a run of its blocks, as read from the source."""
 
     path: str
     number: int
@@ -71,6 +71,8 @@ class Group:
     """Position of the snapshot to compare with."""
     boot_database: int | None
     """Candidate for the boot set, on the budget of that database: compressed even when the store has it."""
+    first_block: int = 0
+    """Block number inside the group where ``raw`` begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ class ExtentWriter:
         self._batch_bytes = 0
         self._jobs: deque[asyncio.Future[list[Encoded]]] = deque()
         self._builder = PackBuilder(store_id, EXTENTS)
-        self._open: list[tuple[str, int, int, int, int, bytes]] = []
+        self._open: list[tuple[str, int, int, int, int, int, bytes]] = []
         self._uploads: deque[tuple[asyncio.Task[None], list[PageRow]]] = deque()
         self._recent: OrderedDict[bytes, ExtentRef | int] = OrderedDict()
         self._rows: list[PageRow] = []
@@ -228,9 +230,10 @@ class ExtentWriter:
         self._recent.move_to_end(encoded.digest)
         group = encoded.group
         if isinstance(recent, ExtentRef):
-            self._rows.append(PageRow(group.path, group.number, recent))
+            extent = replace(recent, first_block=group.first_block)
+            self._rows.append(PageRow(group.path, group.number, extent))
         else:
-            self._open.append((group.path, group.number, *self._open[recent][2:]))
+            self._open.append((group.path, group.number, group.first_block, *self._open[recent][3:]))
         return True
 
     async def _add(self, encoded: Encoded) -> None:
@@ -242,7 +245,15 @@ class ExtentWriter:
         if len(self._recent) > RECENT_DIGESTS:
             self._recent.popitem(last=False)
         self._open.append(
-            (group.path, group.number, len(group.raw), offset, len(encoded.stored), encoded.digest)
+            (
+                group.path,
+                group.number,
+                group.first_block,
+                len(group.raw),
+                offset,
+                len(encoded.stored),
+                encoded.digest,
+            )
         )
         if self._builder.size >= self._pack_bytes or len(self._open) >= ROWS_PER_PACK:
             await self._close_pack()
@@ -253,8 +264,8 @@ class ExtentWriter:
         loop = asyncio.get_running_loop()
         pack, data = await loop.run_in_executor(self._threads, self._builder.finish)
         rows = [
-            PageRow(path, group, ExtentRef(0, raw_bytes, pack, offset, stored_bytes, digest))
-            for path, group, raw_bytes, offset, stored_bytes, digest in self._open
+            PageRow(path, group, ExtentRef(first_block, raw_bytes, pack, offset, stored_bytes, digest))
+            for path, group, first_block, raw_bytes, offset, stored_bytes, digest in self._open
         ]
         for row in rows:
             if isinstance(self._recent.get(row.extent.digest), int):
