@@ -217,7 +217,7 @@ class ModelFile:
             self.blocks = {n: raw for n, raw in self.blocks.items() if n < count}
             if size % BLOCK_BYTES:
                 self.blocks[count - 1] = kept[(count - 1) * BLOCK_BYTES :].ljust(BLOCK_BYTES, b"\0")
-        else:
+        elif self.reach > self.size:
             # What was cut off must not come back: the writer of a delta names it as zeros.
             self.changed.update(range(self.size // BLOCK_BYTES, -(-min(size, self.reach) // BLOCK_BYTES)))
         self.size = size
@@ -753,6 +753,50 @@ def test_many_cold_deltas() -> None:
             assert deltas.fetcher.counters.requests == 0
 
     asyncio.run(run())
+
+
+def test_what_was_the_short_end_of_a_file_is_filled_up() -> None:
+    """Blocks that become one extent keep their places when one before them is short."""
+
+    async def work(chain: Chain) -> None:
+        await chain.snapshot(whole=True)
+        chain.files[PATHS[0]] = file = ModelFile(Lsn(chain.lsn + 10), 5000, 5000)
+        file.blocks[0] = b"x" * 5000 + bytes(BLOCK_BYTES - 5000)
+        file.changed.add(0)
+        for block in range(1, 6):
+            chain.lsn = Lsn(chain.lsn + 10)
+            await chain.snapshot()
+            chain.write(file, block, 1)
+        file.resize(5 * BLOCK_BYTES)
+        await chain.fold()
+        await chain.check()
+        (row,) = await rows_of(chain.store, chain.pages[1])
+        assert row.extent.raw_bytes == 5 * BLOCK_BYTES
+
+    with_chain(work)
+
+
+def test_a_cut_extent_ends_with_the_file() -> None:
+    async def work(chain: Chain) -> None:
+        await chain.snapshot(whole=True)
+        chain.lsn = Lsn(chain.lsn + 10)
+        chain.files[PATHS[0]] = file = ModelFile(chain.lsn)
+        chain.write(file, 0, 6)
+        await chain.snapshot()
+        chain.lsn = Lsn(chain.lsn + 10)
+        chain.write(file, 1, 1)
+        file.resize(3 * BLOCK_BYTES + 77)
+        await chain.snapshot()
+        await chain.fold()
+        await chain.check()
+        extents = [row.extent for row in await rows_of(chain.store, chain.pages[1])]
+        assert [(one.first_block, one.raw_bytes) for one in extents] == [
+            (0, BLOCK_BYTES),
+            (1, BLOCK_BYTES),
+            (2, BLOCK_BYTES + 77),
+        ]
+
+    with_chain(work, most=1)
 
 
 async def overlapping(chain: Chain) -> None:
