@@ -16,7 +16,8 @@ overwritten or deleted: what a failed fold leaves, nobody names.
 Memory (P9), whatever the number of rows: one decoded row group of each tier that is folded (about 0.6 MB);
 BATCH_ROWS rows with what becomes of them (about 1 KB each); one manifest under construction (32 MiB) and its
 finished copy; READS runs of blocks on their way in, each usually of 128 KiB and never of more than 16 extents
-of so much; four packs of PACK_BYTES in the ExtentWriter.
+of so much; four packs of PACK_BYTES in the ExtentWriter. Measured: 100 MB for 1.2 million rows, 80 MB for
+2,000 groups stored anew.
 """
 
 from __future__ import annotations
