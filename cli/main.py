@@ -17,6 +17,7 @@ _COMMANDS = {
     "backup": ("cli.archive", "take another base backup; report what differs"),
     "detach": ("cli.init", "remove everything of ours from the source"),
     "status": ("cli.status", "what is recoverable, and how fresh"),
+    "snapshot": ("cli.snapshot", "build a snapshot from the store's WAL, so that branches replay little"),
     "branch": ("cli.branch", "a running, writable Postgres at any recorded moment"),
     "branches": ("cli.branch", "list the branches on this host"),
     "start": ("cli.branch", "start a stopped branch"),

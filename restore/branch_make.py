@@ -127,17 +127,34 @@ class BranchMaker:
         wal = self._host.make_private(self._directory / "wal")
         write_histories(plan, wal, self._host)
         instance = Instance(self._host, binaries, self.data, self._directory / "postgres.log")
-        showing = (self._show if self.branch.mode == LAZY else self._copy)(store, plan, binaries, wal)
+        control: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        async def show() -> None:
+            await (self._show if self.branch.mode == LAZY else self._copy)(store, plan, binaries, wal)
+            control.set_result(await to_the_end((self.data / CONTROL_FILE).read_bytes))
+
+        showing = show()
         read = wal_reader(history)
         creates = tablespace_creates(target)
         if plan.replayed_bytes <= WHOLE_BYTES:
-            await together(showing, write_wal(plan, read, wal, self._host, creates=creates))
+            writing = write_wal(
+                plan, read, wal, self._host, creates=creates, control=lambda: asyncio.shield(control)
+            )
+            await together(showing, writing)
             postmaster = await self._recover(instance, plan, NEVER)
         else:
             feed = Feed(self._directory / "feed")
             feed.create(self._host)
             feeding = asyncio.create_task(
-                feed_wal(plan, read, feed, self._host, self._clock, creates=creates)
+                feed_wal(
+                    plan,
+                    read,
+                    feed,
+                    self._host,
+                    self._clock,
+                    creates=creates,
+                    control=lambda: asyncio.shield(control),
+                )
             )
             try:
                 await showing
@@ -148,9 +165,10 @@ class BranchMaker:
         check_promotion(self.data, wal, plan)
         server = self._server
         endpoint = Endpoint(server.sockets, server.port, server.superuser)
-        self._warnings += await isolate(
-            self.data, endpoint, binaries, incarnation, IcuMemory(self._host.state)
-        )
+        if not self.request.untouched:
+            self._warnings += await isolate(
+                self.data, endpoint, binaries, incarnation, IcuMemory(self._host.state)
+            )
         if self.request.listen is not None:
             postmaster = await self._listen(instance, postmaster)
         self._note(postmaster)
@@ -176,6 +194,8 @@ class BranchMaker:
             port=PORT,
             preload=self.request.preload,
         )
+        if self.request.untouched:
+            settings = settings.replacing(autovacuum="off")
         self._warnings += settings.warnings
         self._settings = settings
         self._files = live_directory(self.data, self._host, self.branch)

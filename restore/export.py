@@ -28,7 +28,7 @@ from restore.eager import Progress, read_listing, write_control, write_files
 from restore.host import Account, Host, told_plainly
 from restore.metered_store import MeteredStore
 from restore.plan import BACKUP_LABEL, RECOVERY_SIGNAL, BranchPlan, bounds_as_of
-from restore.settings import RecoveryBounds, format_conf
+from restore.settings import format_conf
 from restore.threads import to_the_end
 from restore.wal_files import NEVER, write_histories, write_wal
 from timeline.catalog.history import History
@@ -40,7 +40,7 @@ from timeline.errors import UsageError
 from timeline.format.file_listing import FileListing
 from timeline.format.log import Setting
 from timeline.ids import MAIN
-from timeline.pg.control import parse_control
+from timeline.pg.control import Parameters, parse_control
 from timeline.store.open import open_store
 
 _FREE_BYTES = 1 << 30
@@ -89,7 +89,7 @@ async def restore_directory(
     try:
         with told_plainly():
             history = await History.load(store, parent)
-            target = await history.resolve(when, tli=tli)
+            target = await history.resolve(when, tli=tli, stock=True)
             incarnation = incarnation_at(history.state, target.lsn)
             listing = await read_listing(store, target.snapshot)
             plan = plan_branch(history, target, incarnation)
@@ -120,7 +120,7 @@ async def restore_directory(
     )
 
 
-def recovery_block(plan: BranchPlan, bounds: RecoveryBounds) -> bytes:
+def recovery_block(plan: BranchPlan, bounds: Parameters) -> bytes:
     """What is added to ``postgresql.auto.conf``."""
     told = {setting.name: setting.value for setting in plan.snapshot.settings}
     limits = [
@@ -196,7 +196,7 @@ def _owner(directory: Path, host: Host) -> tuple[Host, Account | None]:
 
 
 def _configure(
-    directory: Path, plan: BranchPlan, bounds: RecoveryBounds, listing: FileListing, host: Host
+    directory: Path, plan: BranchPlan, bounds: Parameters, listing: FileListing, host: Host
 ) -> list[str]:
     files = PlainDirectory(directory, host)
     warnings = []

@@ -11,13 +11,20 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from restore.settings import RecoveryBounds
+from timeline.catalog.line import replay_start
 from timeline.errors import TargetUnreachable, TimelineError
-from timeline.format.log import Incarnation, Setting, Snapshot, Tli
+from timeline.format.log import BUILT, Incarnation, Setting, Snapshot, Tli
 from timeline.format.wal_index import EventKind, WalEvent
 from timeline.lsn import Lsn
-from timeline.pg.control import ControlFile
-from timeline.pg.segment import history_name, lineage, parse_history, segment_name, segment_start
+from timeline.pg.control import ControlFile, Parameters
+from timeline.pg.segment import (
+    LineageSpan,
+    history_name,
+    lineage,
+    parse_history,
+    segment_name,
+    segment_start,
+)
 
 BACKUP_LABEL = "backup_label"
 RECOVERY_SIGNAL = "recovery.signal"
@@ -65,6 +72,18 @@ class HistoryFile:
 
 
 @dataclass(frozen=True, slots=True)
+class RedoPoint:
+    """Where replay begins though the source made no checkpoint there (timeline/pg/redo_point.py)."""
+
+    lsn: Lsn
+    tli: int
+    """Of the record there."""
+    tli_start: Lsn
+    page: Lsn
+    """The WAL page that it shares with the forged checkpoint: the first that is read."""
+
+
+@dataclass(frozen=True, slots=True)
 class BranchPlan:
     """What it takes to have the parent as it was at T."""
 
@@ -75,7 +94,7 @@ class BranchPlan:
     """T."""
     last_record: Lsn
     spans: tuple[WalSpan, ...]
-    """In order, from the start of the first segment file to T. The first segment of a tli holds its
+    """In order, from the first byte that replay reads to T. The first segment of a tli holds its
     parent's bytes below the fork (EDGE 17), so spans need not begin at segment boundaries."""
     segments: tuple[SegmentFile, ...]
     histories: tuple[HistoryFile, ...]
@@ -87,6 +106,8 @@ class BranchPlan:
     hidden: tuple[str, ...]
     """Paths of the snapshot that must not show."""
     backup_label: str | None
+    redo_point: RedoPoint | None
+    """``None``: the source's own checkpoint is where replay begins."""
 
     @property
     def replayed_bytes(self) -> int:
@@ -114,8 +135,10 @@ def make_plan(
             f"{lsn} lies before {snapshot.end}, where snapshot {snapshot.id} becomes consistent"
         )
     segment_bytes = incarnation.segment_bytes
-    spans = _spans(tlis, tli, segment_start(snapshot.lsn, segment_bytes), lsn)
-    if all(span.tli != snapshot.tli for span in spans):
+    first = replay_start(snapshot, segment_bytes)
+    spans = _spans(tlis, tli, first, lsn)
+    begun = next((part for part in _lineage(tlis, tli) if part.tli == snapshot.tli), None)
+    if begun is None or all(span.tli != snapshot.tli for span in spans):
         raise TargetUnreachable(
             f"snapshot {snapshot.id} of tli {snapshot.tli} is not on the line of tli {tli}"
         )
@@ -132,24 +155,18 @@ def make_plan(
         events=tuple(events),
         hidden=_HIDDEN if snapshot.backup_label is not None else (*_HIDDEN, BACKUP_LABEL),
         backup_label=snapshot.backup_label,
+        redo_point=RedoPoint(snapshot.lsn, snapshot.tli, Lsn(begun.begin), first)
+        if snapshot.kind == BUILT
+        else None,
     )
 
 
-def bounds_as_of(control: ControlFile, events: Sequence[WalEvent]) -> RecoveryBounds:
+def bounds_as_of(control: ControlFile, events: Sequence[WalEvent]) -> Parameters:
     """What binds recovery: pg_control, and every change of parameters replayed after it (EDGE 46).
 
     Limits are the highest ever in force, for replay passes through all of them; the others are the last.
     """
-    bounds = RecoveryBounds(
-        wal_level=control.wal_level,
-        wal_log_hints=control.wal_log_hints,
-        track_commit_timestamp=control.track_commit_timestamp,
-        max_connections=control.max_connections,
-        max_worker_processes=control.max_worker_processes,
-        max_wal_senders=control.max_wal_senders,
-        max_prepared_transactions=control.max_prepared_transactions,
-        max_locks_per_transaction=control.max_locks_per_transaction,
-    )
+    bounds = control.parameters
     for event in events:
         if event.kind is not EventKind.PARAMETER_CHANGE:
             continue
@@ -175,12 +192,16 @@ def bounds_as_of(control: ControlFile, events: Sequence[WalEvent]) -> RecoveryBo
 
 def _spans(tlis: Sequence[Tli], tli: int, start: Lsn, end: Lsn) -> tuple[WalSpan, ...]:
     spans = []
-    for part in lineage(tli, parse_history(_history_text(tlis, tli))):
+    for part in _lineage(tlis, tli):
         first = max(part.begin, start)
         last = end if part.end is None else min(part.end, end)
         if first < last:
             spans.append(WalSpan(part.tli, Lsn(first), Lsn(last)))
     return tuple(spans)
+
+
+def _lineage(tlis: Sequence[Tli], tli: int) -> tuple[LineageSpan, ...]:
+    return lineage(tli, parse_history(_history_text(tlis, tli)))
 
 
 def _history_text(tlis: Sequence[Tli], tli: int) -> str:
@@ -197,7 +218,7 @@ def _segments(spans: Sequence[WalSpan], segment_bytes: int) -> tuple[SegmentFile
     if not spans:
         return ()
     segments: list[SegmentFile] = []
-    start, end = spans[0].start, spans[-1].end
+    start, end = segment_start(spans[0].start, segment_bytes), spans[-1].end
     while start < end:
         stop = Lsn(min(start + segment_bytes, end))
         owner = next(span.tli for span in spans if span.start < stop <= span.end)

@@ -254,7 +254,8 @@ def apply_change(state: Json, change: Json) -> None:
         state["sealed"].append(sealed)
     elif kind == "add_snapshot":
         state["snapshots"].append(change["snapshot"])
-        state["progress"] = None
+        if change["snapshot"]["kind"] == "base":
+            state["progress"] = None
     elif kind == "record_gap":
         state["gaps"].append(change["gap"])
     elif kind not in ("record_progress", "cover"):

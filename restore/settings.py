@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from timeline.format.log import Setting
+from timeline.pg.control import Parameters
 
 AUTO_CONF = b""
 """``postgresql.auto.conf``: empty, whatever the source's ALTER SYSTEM said."""
@@ -66,21 +67,6 @@ _WORKERLESS_LIBRARIES = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class RecoveryBounds:
-    """Settings that bind recovery, as of the target: pg_control plus what WAL changed since."""
-
-    wal_level: int
-    """0 minimal, 1 replica, 2 logical."""
-    wal_log_hints: bool
-    track_commit_timestamp: bool
-    max_connections: int
-    max_worker_processes: int
-    max_wal_senders: int
-    max_prepared_transactions: int
-    max_locks_per_transaction: int
-
-
-@dataclass(frozen=True, slots=True)
 class HostSupport:
     """What the branch's host can do with names that the source uses."""
 
@@ -109,7 +95,7 @@ class BranchSettings:
 def branch_settings(
     major: int,
     source: Sequence[Setting],
-    bounds: RecoveryBounds,
+    bounds: Parameters,
     support: HostSupport,
     *,
     name: str,
@@ -200,7 +186,7 @@ def _fixed(major: int) -> dict[str, str]:
     return fixed
 
 
-def _bounded(major: int, told: dict[str, str], bounds: RecoveryBounds) -> dict[str, str]:
+def _bounded(major: int, told: dict[str, str], bounds: Parameters) -> dict[str, str]:
     """Limits that replay may need: too low ones end it."""
     origins = max(10, _number(told, "max_replication_slots"), _number(told, "max_active_replication_origins"))
     bounded = {

@@ -29,12 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from restore.host import Host
-from restore.plan import BranchPlan, SegmentFile, WalSpan
+from restore.plan import BranchPlan, RedoPoint, SegmentFile, WalSpan
 from restore.threads import to_the_end
 from restore.wal_creates import find_creates, has_path
 from timeline.clock import Clock
 from timeline.errors import CheckFailed, TimelineError
 from timeline.lsn import Lsn
+from timeline.pg.redo_point import redo_point_patches, segment_header
 from timeline.pg.wal_machine import PAGE_BYTES
 from timeline.pg.wal_patch import blank_tablespace_creates, read_record
 
@@ -111,17 +112,21 @@ async def write_wal(
     *,
     creates: Sequence[Lsn],
     before_release: Callable[[SegmentFile], Awaitable[None]] | None = None,
+    control: Callable[[], Awaitable[bytes]] | None = None,
 ) -> None:
     """Write the plan's segments into the directory; each appears there when it is complete.
 
     ``creates``: starts of the tablespace creations that the index knows; the bytes are searched besides.
-    ``before_release``: awaited before a segment appears. Raises TimelineError when the WAL
-    read does not join up, and what ``read`` raises.
+    ``before_release``: awaited before a segment appears. ``control``: gives the branch's pg_control, needed
+    where replay begins at a redo point of ours. Raises TimelineError when the WAL read does not join up or
+    does not fit the redo point, and what ``read`` raises.
     """
     writer = _SegmentWriter(plan, directory, host, creates)
 
     async def release(finished: list[SegmentFile]) -> None:
         for segment in finished:
+            if segment is plan.segments[0] and plan.redo_point is not None and control is not None:
+                await to_the_end(functools.partial(writer.plant, segment, plan.redo_point, await control()))
             if before_release is not None:
                 await before_release(segment)
             writer.release(segment)
@@ -136,7 +141,14 @@ async def write_wal(
 
 
 async def feed_wal(
-    plan: BranchPlan, read: WalReader, feed: Feed, host: Host, clock: Clock, *, creates: Sequence[Lsn]
+    plan: BranchPlan,
+    read: WalReader,
+    feed: Feed,
+    host: Host,
+    clock: Clock,
+    *,
+    creates: Sequence[Lsn],
+    control: Callable[[], Awaitable[bytes]] | None = None,
 ) -> None:
     """Write the segments into the feed as Postgres takes them. Cancel it when Postgres has ended."""
     waiting: collections.deque[Path] = collections.deque()
@@ -158,6 +170,7 @@ async def feed_wal(
             host,
             creates=creates,
             before_release=make_room,
+            control=control,
         )
         (feed.directory / "ended").touch()
     finally:
@@ -195,7 +208,7 @@ class _SegmentWriter:
         self._host = host
         self._creates = creates
         self._segments = collections.deque(plan.segments)
-        self._position = plan.segments[0].start if plan.segments else plan.lsn
+        self._position = plan.spans[0].start if plan.spans else plan.lsn
         self._end = plan.lsn
         self._open: list[_Open] = []
 
@@ -229,6 +242,22 @@ class _SegmentWriter:
         path = self._temporary(segment)
         self._host.own(path)
         path.replace(self._directory / segment.name)
+
+    def plant(self, segment: SegmentFile, point: RedoPoint, control: bytes) -> None:
+        """Put the checkpoint that ``control`` names into the finished first segment; raises WalFormatError,
+        FormatError when they do not fit."""
+        with open(self._temporary(segment), "r+b") as file:
+            file.seek(point.page - segment.start)
+            wal = bytearray(file.read())
+            follows = self._end > point.lsn
+            patches = list(
+                redo_point_patches(wal, point.page, control, tli_start=point.tli_start, follows=follows)
+            )
+            if point.page > segment.start:
+                patches.append(segment_header(wal, point.page, control))
+            for patch in patches:
+                file.seek(patch.at - segment.start)
+                file.write(patch.data)
 
     def close(self) -> None:
         """Close what is open; unfinished files stay under their temporary names."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from restore.binaries import Binaries
 from restore.branch import HostBranches
 from restore.branch_request import BranchRequest, StoreAddress
 from restore.compute import Postmaster, stop
-from restore.export import restore_directory
-from restore.host import Host, find_host
+from restore.host import find_host
 from restore.icu_memory import IcuMemory
 from tests.fix_postgres import MAJORS
 from tests.support.archived_server import archived_server
-from tests.support.postgres import PostgresServer, free_port, scratch
+from tests.support.postgres import PostgresServer, scratch
+from tests.support.restored import stock_recovery
 from tests.support.workload import prepare, steps
 from timeline.catalog.when import AtLsn
 from timeline.clock import SystemClock
@@ -42,24 +41,6 @@ def files(data: Path) -> dict[str, bytes]:
             if path.is_file() and path.name not in BY_NATURE_DIFFERENT:
                 found[str(path.relative_to(data))] = path.read_bytes()
     return found
-
-
-def stock(url: str, lsn: Lsn, home: Path, major: int, host: Host) -> dict[str, bytes]:
-    """Recovered by stock Postgres from a full copy, and stopped before anyone connected."""
-    server = PostgresServer(major, home)
-    server.make_directory(home)
-    asyncio.run(restore_directory(StoreAddress(url), AtLsn(lsn), server.data, host, CLOCK))
-    server.configure(
-        {"port": str(free_port()), "unix_socket_directories": f"'{server.sockets}'", "autovacuum": "off"}
-    )
-    server.start()
-    # Without hot standby pg_ctl takes the beginning of recovery for its end.
-    deadline = time.monotonic() + 120
-    while "ready" not in (server.data / "postmaster.pid").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    server.stop()
-    return files(server.data)
 
 
 @pytest.mark.fuse
@@ -99,7 +80,7 @@ def test_every_page_is_the_same(
             assert server_of is not None and made.pid is not None
             asyncio.run(stop(Postmaster(made.pid, server_of.pid_started or ""), CLOCK, seconds=60))
             ours = files(Path(made.data_directory))
-            theirs = stock(archived.url, lsn, root / "stock", major, host)
+            theirs = files(stock_recovery(archived.url, lsn, root / "stock", major, host))
             assert ours.keys() == theirs.keys()
             assert [path for path in ours if ours[path] != theirs[path]] == []
             assert len(ours) > 900

@@ -128,6 +128,14 @@ def test_replay_goes_on_as_if_it_had_never_stopped(case: Case, kind: str) -> Non
     case.check(kind, Lsn(records[len(records) // 2].start))
 
 
+def test_a_record_over_several_pages(case: Case) -> None:
+    """EDGE 53: the longest record within a segment; its checksum is over bytes of many pages."""
+    records = [record for found in case.recording.candidates().values() for record in found]
+    longest = max(records, key=lambda record: record.length)
+    assert longest.length > 3 * 8192
+    case.check("the longest record", Lsn(longest.start))
+
+
 def test_images_of_images(case: Case) -> None:
     """Each snapshot is built from the one before it; no difference adds up."""
     recording = case.recording

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from timeline.archive.tar_stream import Member
-
 INLINE_BYTES = 1024
 """A file up to this size stands in the file listing itself."""
 CONTROL_FILE = "global/pg_control"
@@ -56,14 +54,14 @@ class Treatment:
     extents."""
 
 
-def treat(member: Member) -> Treatment:
-    """Decide by path, kind and size."""
-    if member.path in _LEFT_OUT:
-        return Treatment(listed=False, inline=member.path == BACKUP_LABEL)
-    top, _, rest = member.path.partition("/")
-    if rest and top in _EMPTIED and not (member.kind == "d" and top == "pg_wal"):
+def treat(path: str, kind: str, size: int) -> Treatment:
+    """Decide by path, kind (``f``, ``d``, ``l``) and size."""
+    if path in _LEFT_OUT:
+        return Treatment(listed=False, inline=path == BACKUP_LABEL)
+    top, _, rest = path.partition("/")
+    if rest and top in _EMPTIED and not (kind == "d" and top == "pg_wal"):
         return Treatment(listed=False, inline=False)
-    inline = member.kind == "f" and (member.size <= INLINE_BYTES or member.path == CONTROL_FILE)
+    inline = kind == "f" and (size <= INLINE_BYTES or path == CONTROL_FILE)
     return Treatment(listed=True, inline=inline)
 
 

@@ -109,7 +109,7 @@ class Intake:
 
     def _begin(self, member: Member) -> _Open:
         member = Member(self._prefix + member.path, member.kind, member.size, member.mode, member.target)
-        treatment = treat(member)
+        treatment = treat(member.path, member.kind, member.size)
         listed = treatment.listed
         if listed and not is_storable(member.path):
             listed = False

@@ -72,7 +72,7 @@ class Group:
     boot_database: int | None
     """Candidate for the boot set, on the budget of that database: compressed even when the store has it."""
     first_block: int = 0
-    """Block number inside the group where ``raw`` begins."""
+    """Number of the block inside the group where ``raw`` begins."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,16 +92,16 @@ class History:
         """The unsealed WAL of a tli in this view."""
         return await self._retrying(lambda: self._tail(tli))
 
-    async def resolve(self, when: When, *, tli: int | None = None) -> Target:
+    async def resolve(self, when: When, *, tli: int | None = None, stock: bool = False) -> Target:
         """The exact moment a WHEN means on the line that leads to ``tli``; the source's current one by
-        default.
+        default. ``stock``: to be replayed from a base backup, by a server that knows nothing of us.
 
         Never another line's moment (EDGE 40). Raises TargetUnreachable naming what can be reached (P7),
         UsageError, DamagedStore.
         """
 
         async def work() -> Target:
-            return await (await self._resolver(self.lineage(tli))).resolve(when)
+            return await (await self._resolver(self.lineage(tli), stock=stock)).resolve(when)
 
         return await self._retrying(work)
 
@@ -155,14 +155,14 @@ class History:
                 reloaded = True
                 await self.reload()
 
-    async def _resolver(self, line: Line) -> Resolver:
+    async def _resolver(self, line: Line, *, stock: bool = False) -> Resolver:
         tlis = needed_tails(self.state, line)
         await in_parallel(tlis, self._tail, limit=4)
         runs = runs_on(self.state, line, {tli: self._tails[tli] for tli in tlis})
         coverages = [tail.coverage for tail in self._tails.values() if tail.coverage is not None]
         if self.state.coverage is not None:
             coverages.append(self.state.coverage)
-        return Resolver(self.state, line, runs, coverages, self._reader, self._read_run)
+        return Resolver(self.state, line, runs, coverages, self._reader, self._read_run, stock=stock)
 
     async def _reachable(self) -> tuple[ReachableRange, ...]:
         found: list[ReachableRange] = []

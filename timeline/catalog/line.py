@@ -13,9 +13,10 @@ from typing import Protocol
 
 from timeline.catalog.tail import Tail, TailChunk
 from timeline.errors import UsageError
-from timeline.format.log import BranchState, Incarnation, SealedRange, Snapshot
+from timeline.format.log import BUILT, BranchState, Incarnation, SealedRange, Snapshot
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
+from timeline.pg.redo_point import first_page
 from timeline.pg.segment import HistoryRow, LineageSpan, lineage, parse_history, segment_start
 
 Line = tuple[LineageSpan, ...]
@@ -164,12 +165,19 @@ def incarnation_at(state: BranchState, lsn: int) -> Incarnation:
     return state.incarnations[0]
 
 
-def usable_snapshots(state: BranchState, line: Line, run: Run) -> tuple[Snapshot, ...]:
-    """The snapshots of the line from which this run replays, by the first LSN each can be at.
+def replay_start(snapshot: Snapshot, segment_bytes: int) -> Lsn:
+    """The first byte of WAL that a branch of this snapshot needs.
 
-    Replay reads from the start of the segment that holds the redo point, for Postgres checks that segment's
-    header.
+    Postgres checks the header of the segment that it begins in. For a built snapshot that header is forged like
+    the checkpoint.
     """
+    if snapshot.kind == BUILT:
+        return first_page(snapshot.lsn)
+    return segment_start(snapshot.lsn, segment_bytes)
+
+
+def usable_snapshots(state: BranchState, line: Line, run: Run) -> tuple[Snapshot, ...]:
+    """The snapshots of the line from which this run replays, by the first LSN each can be at."""
     spans = {span.tli: span for span in line}
     usable = []
     for snapshot in state.snapshots:
@@ -178,7 +186,7 @@ def usable_snapshots(state: BranchState, line: Line, run: Run) -> tuple[Snapshot
             continue
         if span.end is not None and snapshot.end > span.end:
             continue
-        first = segment_start(snapshot.lsn, incarnation_at(state, snapshot.lsn).segment_bytes)
+        first = replay_start(snapshot, incarnation_at(state, snapshot.lsn).segment_bytes)
         if run.start <= first and snapshot.end <= run.end:
             usable.append(snapshot)
     return tuple(sorted(usable, key=lambda snapshot: (snapshot.end, snapshot.lsn)))

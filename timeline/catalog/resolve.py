@@ -42,7 +42,7 @@ from timeline.catalog.when import (
 )
 from timeline.clock import Micros
 from timeline.errors import TargetUnreachable, UsageError
-from timeline.format.log import BranchState, Snapshot
+from timeline.format.log import BASE, BranchState, Snapshot
 from timeline.format.wal_index import CommitKind, Coverage, EventKind, WalEvent
 from timeline.lsn import Lsn
 
@@ -84,8 +84,11 @@ class Resolver:
         coverages: Sequence[Coverage],
         reader: IndexReader,
         read_wal: ReadWal,
+        *,
+        stock: bool = False,
     ) -> None:
-        """``coverages``: all that are known, of any tli."""
+        """``coverages``: all that are known, of any tli; ``stock``: from base backups only."""
+        self._stock = stock
         self._state = state
         self._line = line
         self._runs = [RunReader(run, state, reader, read_wal) for run in runs]
@@ -198,7 +201,8 @@ class Resolver:
         )
 
     def _snapshots(self, reader: RunReader) -> tuple[Snapshot, ...]:
-        return usable_snapshots(self._state, self._line, reader.run)
+        usable = usable_snapshots(self._state, self._line, reader.run)
+        return tuple(one for one in usable if one.kind == BASE) if self._stock else usable
 
     async def _first_crossing(self, reader: RunReader, time: Micros) -> Commit | None:
         """The first end of a transaction, committed or not, that is later than ``time``."""

@@ -302,7 +302,7 @@ class Seal:
 
 @dataclass(frozen=True, slots=True)
 class AddSnapshot:
-    """A snapshot is complete; ends any progress."""
+    """A snapshot is complete; a base backup ends any progress."""
 
     snapshot: Snapshot
 
@@ -320,7 +320,11 @@ class AddSnapshot:
             raise LogConflict(
                 f"snapshot {added.id}: a backup label belongs to a base backup, and to nothing else"
             )
-        return replace(state, snapshots=(*state.snapshots, added), progress=None)
+        return replace(
+            state,
+            snapshots=(*state.snapshots, added),
+            progress=None if added.kind == BASE else state.progress,
+        )
 
 
 @dataclass(frozen=True, slots=True)

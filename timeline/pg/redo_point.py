@@ -65,6 +65,7 @@ from timeline.pg.wal_patch import (
     RM_XLOG,
     Patch,
     format_record,
+    page_header,
     read_record,
     record_end,
     record_patches,
@@ -85,6 +86,23 @@ _NO_RECORD = Lsn(0)
 def checkpoint_place(lsn: Lsn) -> Lsn:
     """Where the forged checkpoint for a redo point at ``lsn`` starts."""
     return Lsn(lsn - FORGED_BYTES)
+
+
+def first_page(lsn: Lsn) -> Lsn:
+    """The first page of WAL that replay from a redo point at ``lsn`` reads, besides its segment's header."""
+    return Lsn(checkpoint_place(lsn) // PAGE_BYTES * PAGE_BYTES)
+
+
+def segment_header(wal: Buffer, start: Lsn, control: bytes) -> Patch:
+    """The header that the segment of ``start`` must have for Postgres to read ``wal``, which begins at a page of
+    it.
+
+    ``control``: of that cluster. Raises FormatError.
+    """
+    known = parse_control(control)
+    _, _, tli, _, _ = _PAGE_HEADER.unpack_from(wal, 0)
+    begin = segment_start(start, known.segment_bytes)
+    return Patch(begin, page_header(begin, 0, tli, known.major, known.system_identifier, known.segment_bytes))
 
 
 def is_candidate(lsn: Lsn, record_bytes: int, *, tli_start: Lsn, segment_bytes: int) -> bool:
@@ -178,12 +196,15 @@ def redo_point_control(
     return rewrite_control(image, forged)
 
 
-def redo_point_patches(wal: Buffer, start: Lsn, control: bytes, *, tli_start: Lsn) -> tuple[Patch, ...]:
+def redo_point_patches(
+    wal: Buffer, start: Lsn, control: bytes, *, tli_start: Lsn, follows: bool = True
+) -> tuple[Patch, ...]:
     """What makes private WAL fit a pg_control of ``redo_point_control``: the checkpoint, and the link to it.
 
     ``wal`` as for ``check_redo_point``; patches for WAL that has them already are the same again. Other
     patches that touch the record at S (``tablespace_patches``) are applied before this is called, or made
-    after these are applied. Raises FormatError when ``control`` is not from there, WalFormatError when the WAL
+    after these are applied. Without ``follows`` the WAL ends at S: nothing is linked.
+    Raises FormatError when ``control`` is not from there, WalFormatError when the WAL
     does not allow it.
     """
     forged = parse_control(control)
@@ -194,13 +215,19 @@ def redo_point_patches(wal: Buffer, start: Lsn, control: bytes, *, tli_start: Ls
         or tli != forged.min_recovery_point_tli
     ):
         raise FormatError(CONTROL_FILE, 0, "expected one made for a synthetic redo point")
-    record = _checked_record(wal, start, lsn, tli, tli_start, forged.segment_bytes, forged.major)
+    if follows:
+        record = _checked_record(wal, start, lsn, tli, tli_start, forged.segment_bytes, forged.major)
+    else:
+        _check_page(wal, start, Lsn(lsn - lsn % PAGE_BYTES), tli, forged.major)
     _check_cluster(wal, start, lsn, forged.segment_bytes, forged.system_identifier)
     body = bytes((_MAIN_DATA_SHORT, CHECKPOINT_BYTES)) + format_checkpoint(forged.checkpoint)
     checkpoint = format_record(RM_XLOG, _CHECKPOINT_SHUTDOWN, previous=_NO_RECORD, parts=body)
+    planted = Patch(forged.checkpoint_lsn, checkpoint.ljust(FORGED_BYTES, b"\0"))
+    if not follows:
+        return (planted,)
     linked = relink_record(record, forged.checkpoint_lsn)
     return (
-        Patch(forged.checkpoint_lsn, checkpoint.ljust(FORGED_BYTES, b"\0")),
+        planted,
         *record_patches(lsn, linked[:RECORD_HEADER_BYTES], forged.segment_bytes),
     )
 

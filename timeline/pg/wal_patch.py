@@ -199,7 +199,7 @@ def noop_record(
     written = 0
     while written < len(record):
         if lsn % PAGE_BYTES == 0:
-            page = _page_header(
+            page = page_header(
                 lsn, len(record) - written if written else 0, tli, major, system_identifier, segment_bytes
             )
             out += page
@@ -212,9 +212,10 @@ def noop_record(
     return ForgedRecord(Lsn(start or lsn), Lsn(lsn), Patch(at, bytes(out)))
 
 
-def _page_header(
+def page_header(
     page: int, rest: int, tli: int, major: int, system_identifier: int, segment_bytes: int
 ) -> bytes:
+    """The header of a page; ``rest``: bytes of an earlier record that it begins with."""
     at_segment = page % segment_bytes == 0
     flags = (_IS_CONTINUATION if rest else 0) | (_IS_LONG if at_segment else 0)
     header = struct.pack("<HHIQI4x", MAGIC_OF_MAJOR[major], flags, tli, page, rest)

@@ -6,7 +6,6 @@ import pytest
 
 from timeline.archive.backup_compare import MAX_LISTED, Comparison, FileDifference
 from timeline.archive.backup_files import Treatment, is_storable, treat
-from timeline.archive.tar_stream import Member
 from timeline.lsn import Lsn
 
 
@@ -30,7 +29,7 @@ from timeline.lsn import Lsn
     ],
 )
 def test_treatment(path: str, kind: str, size: int, listed: bool, inline: bool) -> None:
-    assert treat(Member(path, kind, size, 0o600, None)) == Treatment(listed, inline)
+    assert treat(path, kind, size) == Treatment(listed, inline)
 
 
 def test_names_that_are_no_text() -> None:

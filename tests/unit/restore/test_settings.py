@@ -9,14 +9,14 @@ import pytest
 from restore.settings import (
     BranchSettings,
     HostSupport,
-    RecoveryBounds,
     branch_settings,
     format_conf,
     format_hba,
 )
 from timeline.format.log import Setting
+from timeline.pg.control import Parameters
 
-BOUNDS = RecoveryBounds(
+BOUNDS = Parameters(
     wal_level=1,
     wal_log_hints=True,
     track_commit_timestamp=True,
@@ -33,7 +33,7 @@ NOTHING = HostSupport(has_locale=lambda _: False, has_time_zone=lambda _: False)
 def make(
     major: int = 15,
     *,
-    bounds: RecoveryBounds = BOUNDS,
+    bounds: Parameters = BOUNDS,
     support: HostSupport = EVERYTHING,
     preload: tuple[str, ...] = (),
     **source: str,

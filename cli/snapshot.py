@@ -1,0 +1,93 @@
+"""``tl snapshot``: build a snapshot from WAL, without the source."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.config import Settings, store_options
+from cli.output import duration_text, emit_json, iso, say, size_text
+from timeline.ids import MAIN
+
+if TYPE_CHECKING:
+    from restore.snapshot_build import Build
+
+
+@click.command("snapshot")
+@click.option(
+    "--at-least",
+    "at_least_mib",
+    type=click.FloatRange(min=0),
+    default=0,
+    metavar="MIB",
+    help="Do nothing while less WAL than this lies beyond the newest snapshot.",
+)
+@store_options
+def snapshot_command(*, settings: Settings, at_least_mib: float) -> None:
+    """Build a snapshot of the newest moment in the store, from its WAL alone.
+
+    A branch replays from the newest snapshot before its moment, so this bounds how long it takes. A server of
+    this host replays the WAL and is thrown away again; the source is not involved. Needs FUSE, the binaries of
+    the source's major version, and write access to the store. Harmless at any time: with nothing new nothing
+    is done, and of two builders at once one wins.
+    """
+    from restore.agent_fork import prepare_libraries
+
+    prepare_libraries()
+    from restore.branch_request import StoreAddress
+    from restore.host import find_host
+    from restore.snapshot_build import build_snapshots
+    from timeline.clock import SystemClock
+
+    address = StoreAddress(settings.need_store(), settings.endpoint_url, settings.region)
+
+    async def run() -> list[Build]:
+        found = build_snapshots(
+            address,
+            find_host(os.environ),
+            SystemClock(),
+            os.environ,
+            at_least_bytes=max(1, int(at_least_mib * (1 << 20))),
+        )
+        done: list[Build] = []
+        async with aclosing(found) as builds:
+            async for build in builds:
+                done.append(build)
+                if not settings.json and build.snapshot is not None:
+                    say(_line(build))
+        return done
+
+    builds = asyncio.run(run())
+    made = [build for build in builds if build.snapshot is not None]
+    if settings.json:
+        emit_json({"snapshots": [_document(build) for build in made], "reason": builds[-1].reason})
+    elif not made:
+        say(f"nothing to build: {builds[-1].reason}")
+
+
+def _line(build: Build) -> str:
+    snapshot = build.snapshot
+    if snapshot is None:
+        return build.reason
+    return (
+        f"snapshot {snapshot.id} of {MAIN} at {snapshot.lsn}: {size_text(build.replayed_bytes)} of WAL replayed, "
+        f"{size_text(build.uploaded_bytes)} uploaded, in {duration_text(build.elapsed_seconds)}"
+    )
+
+
+def _document(build: Build) -> dict[str, Any]:
+    snapshot = build.snapshot
+    return {
+        "id": snapshot.id if snapshot is not None else None,
+        "lsn": str(snapshot.lsn) if snapshot is not None else None,
+        "tli": snapshot.tli if snapshot is not None else None,
+        "time": iso(snapshot.time) if snapshot is not None else None,
+        "replayed_bytes": build.replayed_bytes,
+        "changed_blocks": build.changed_blocks,
+        "uploaded_bytes": build.uploaded_bytes,
+        "elapsed_seconds": build.elapsed_seconds,
+    }
