@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from restore.fetcher import Fetcher
@@ -104,7 +105,7 @@ class PageIndex:
                         left -= 1
             if left <= 0:
                 break
-        answer = _runs(owners)
+        answer = runs_of(owners)
         self._answers[(path, group)] = answer
         if len(self._answers) > MAX_ANSWERS:
             self._answers.popitem(last=False)
@@ -149,7 +150,8 @@ class _Missing:
     row_group: int
 
 
-def _runs(owners: list[ExtentRef | None]) -> tuple[Piece, ...]:
+def runs_of(owners: Sequence[ExtentRef | None]) -> tuple[Piece, ...]:
+    """The pieces of a group by the extent that gives each of its blocks."""
     pieces = []
     start = 0
     for block in range(1, len(owners) + 1):

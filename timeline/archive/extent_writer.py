@@ -61,7 +61,7 @@ UNKNOWN = KnownGroup()
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One group of a file, as read from the source."""
+    """One group of a file, or a run of its blocks, as read from the source."""
 
     path: str
     number: int

@@ -21,7 +21,7 @@ from timeline.archive.extent_writer import (
 from timeline.errors import Unavailable
 from timeline.format import keys
 from timeline.format.digest import digest_of
-from timeline.format.extent import GROUP_BYTES, ExtentRef, decode_extent
+from timeline.format.extent import BLOCK_BYTES, GROUP_BYTES, ExtentRef, decode_extent
 from timeline.format.manifest import PageRow
 from timeline.lsn import Lsn
 from timeline.store.memory import MemoryStore
@@ -68,6 +68,27 @@ def test_every_group_can_be_read_back_in_order() -> None:
         assert len(list(dict.fromkeys(packs))) == sum(
             1 for a, b in zip(packs, [*packs[1:], ""], strict=True) if a != b
         )
+
+    asyncio.run(run())
+
+
+def test_runs_of_blocks_keep_their_place() -> None:
+    """Also where equal bytes at another place of another group were stored just before, in this pack or an
+    earlier one."""
+    raw, filler = os.urandom(BLOCK_BYTES), os.urandom(GROUP_BYTES)
+    store = MemoryStore()
+    groups = [replace(group(0, raw), first_block=3), replace(group(1, raw), first_block=7)]
+    groups += [group(2 + n, bytes([n]) + filler[1:]) for n in range(2 * PACK_BYTES // GROUP_BYTES)]
+    groups.append(replace(group(99, raw), first_block=15))
+
+    async def run() -> None:
+        rows, writer, _ = await write(store, groups)
+        assert writer.packs > 1
+        extents = {row.group: row.extent for row in rows}
+        assert [extents[number].first_block for number in (0, 1, 2, 99)] == [3, 7, 0, 15]
+        assert {replace(extents[number], first_block=0) for number in (1, 99)} == {
+            replace(extents[0], first_block=0)
+        }
 
     asyncio.run(run())
 
