@@ -13,7 +13,7 @@ the line was committed meanwhile. On one host they take turns.
 One check stands against every unknown: a page of a relation with an LSN above S is refused.
 
 Bounds: STEP_BYTES of WAL in one build, a longer way is taken in steps; rows of the blocks that one step changed
-(about 0.4 KB each) and what extent_writer.py states in memory.
+(about 0.4 KB each) and what extent_writer.py and fold.py state in memory.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from restore.branch_request import BranchRequest, StoreAddress
 from restore.cache import DiskCache
 from restore.eager import read_listing
 from restore.fetcher import Counters, Fetcher
+from restore.fold import fold_deltas
 from restore.host import Host, find_host
 from restore.lazy_host import lazy_obstacle
 from restore.local_branch import LAZY, LocalBranch
@@ -59,7 +60,7 @@ from timeline.clock import Clock
 from timeline.errors import CheckFailed, LogConflict, Unavailable, UsageError
 from timeline.format import keys
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS
-from timeline.format.file_listing import FileListing, write_file_listing
+from timeline.format.file_listing import FileListing, read_file_listing, write_file_listing
 from timeline.format.log import BUILT, AddSnapshot, Snapshot, Tablespace
 from timeline.format.manifest import FileRow, ManifestRef, PageRow
 from timeline.format.page_manifest import read_page_rows, write_page_manifests
@@ -302,6 +303,7 @@ class _Storing:
         data, files = await asyncio.to_thread(write_file_listing, self._rows)
         await create_named(self._store, keys.manifest(files.digest), data)
         snapshot = self._snapshot(clock, files, (*self._parent.pages, *pages), boot_ref)
+        snapshot = await self._folded(snapshot, await asyncio.to_thread(read_file_listing, data, files))
         build = Build(
             snapshot,
             "",
@@ -322,6 +324,21 @@ class _Storing:
         except LogConflict as error:
             return dataclasses.replace(build, snapshot=None, reason=str(error))
         return build
+
+    async def _folded(self, snapshot: Snapshot, listing: FileListing) -> Snapshot:
+        """The same, with few enough page manifests for its readers."""
+        fetcher = self._source.fetcher
+        source = ExtentSource(snapshot, fetcher)
+        pages = await fold_deltas(
+            self._store,
+            self._store_id,
+            self._threads,
+            fetcher,
+            snapshot.pages,
+            listing,
+            lambda row, offset, length: source.content(row).read(offset, length),
+        )
+        return dataclasses.replace(snapshot, pages=pages)
 
     def _snapshot(
         self,
