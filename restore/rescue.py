@@ -256,6 +256,8 @@ def apply_change(state: Json, change: Json) -> None:
         state["snapshots"].append(change["snapshot"])
         if change["snapshot"]["kind"] == "base":
             state["progress"] = None
+    elif kind == "drop_snapshots":
+        state["snapshots"] = [one for one in state["snapshots"] if one["id"] not in change["ids"]]
     elif kind == "record_gap":
         state["gaps"].append(change["gap"])
     elif kind not in ("record_progress", "cover"):

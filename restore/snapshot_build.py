@@ -61,12 +61,13 @@ from timeline.errors import CheckFailed, LogConflict, Unavailable, UsageError
 from timeline.format import keys
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS
 from timeline.format.file_listing import FileListing, read_file_listing, write_file_listing
-from timeline.format.log import BUILT, AddSnapshot, Snapshot, Tablespace
+from timeline.format.log import BUILT, AddSnapshot, DropSnapshots, Snapshot, Tablespace
 from timeline.format.manifest import FileRow, ManifestRef, PageRow
 from timeline.format.page_manifest import read_page_rows, write_page_manifests
 from timeline.format.wal_index import EventKind
 from timeline.ids import MAIN
 from timeline.lsn import Lsn
+from timeline.maintain.thin import superfluous
 from timeline.pg.control import CONTROL_FILE, parse_control
 from timeline.pg.redo_point import checkpoint_place, find_redo_point, redo_point_control
 from timeline.store.base import Store
@@ -320,9 +321,13 @@ class _Storing:
         if any(one.kind == BUILT and one.tli == snapshot.tli and one.lsn >= snapshot.lsn for one in known):
             return dataclasses.replace(build, snapshot=None, reason="another builder was faster")
         try:
-            await log.append(AddSnapshot(snapshot))
+            newest = await log.append(AddSnapshot(snapshot))
         except LogConflict as error:
             return dataclasses.replace(build, snapshot=None, reason=str(error))
+        if dropped := superfluous(newest.state.snapshots):
+            # Another builder that thins at the same moment drops the same ones.
+            with contextlib.suppress(LogConflict):
+                await log.append(DropSnapshots(dropped))
         return build
 
     async def _folded(self, snapshot: Snapshot, listing: FileListing) -> Snapshot:

@@ -149,6 +149,7 @@ changes: st.SearchStrategy[log.Change] = st.one_of(
     st.builds(log.RecordProgress, progress=st.none() | progresses),
     st.builds(log.Cover, coverage=coverages),
     st.builds(log.RecordGap, gap=gaps),
+    st.builds(log.DropSnapshots, ids=_some(st.text(max_size=8), 2)),
 )
 
 

@@ -369,7 +369,24 @@ class RecordGap:
         return replace(state, gaps=(*state.gaps, self.gap))
 
 
-Change = ClaimEpoch | Begin | SwitchTli | Seal | AddSnapshot | RecordProgress | Cover | RecordGap
+@dataclass(frozen=True, slots=True)
+class DropSnapshots:
+    """Snapshots that nobody is to start from any more; what they alone name is garbage."""
+
+    ids: tuple[str, ...]
+
+    def apply(self, state: BranchState) -> BranchState:
+        """Raises LogConflict when one is unknown."""
+        known = {snapshot.id for snapshot in state.snapshots}
+        if unknown := sorted(set(self.ids) - known):
+            raise LogConflict(f"branch {state.branch} has no snapshot {', '.join(unknown)}")
+        left = tuple(snapshot for snapshot in state.snapshots if snapshot.id not in self.ids)
+        return replace(state, snapshots=left)
+
+
+Change = (
+    ClaimEpoch | Begin | SwitchTli | Seal | AddSnapshot | RecordProgress | Cover | RecordGap | DropSnapshots
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,6 +498,7 @@ _CHANGES: dict[str, type[Change]] = {
     "record_progress": RecordProgress,
     "cover": Cover,
     "record_gap": RecordGap,
+    "drop_snapshots": DropSnapshots,
 }
 _KIND_OF: dict[type[Change], str] = {change: kind for kind, change in _CHANGES.items()}
 

@@ -44,6 +44,13 @@ def seal(start: int, end: int, tli: int = 1) -> log.Seal:
     return log.Seal(log.SealedRange(tli, Lsn(start), Lsn(end), REF, None, None, 0), None)
 
 
+def test_dropped_snapshots_are_gone_and_must_have_been_there() -> None:
+    state = log.AddSnapshot(SNAPSHOT).apply(begun())
+    assert log.DropSnapshots((SNAPSHOT.id,)).apply(state).snapshots == ()
+    with pytest.raises(LogConflict):
+        log.DropSnapshots(("other",)).apply(state)
+
+
 def gap(start: int, end: int, tli: int = 1) -> log.RecordGap:
     return log.RecordGap(log.Gap(tli, Lsn(start), Lsn(end), "slot lost"))
 
