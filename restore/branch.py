@@ -40,6 +40,7 @@ from restore.threads import to_the_end
 from timeline.catalog.when import AtLsn, When
 from timeline.clock import Clock
 from timeline.errors import TimelineError, UsageError
+from timeline.pg.errors import FormatError
 
 _STOP_SECONDS = 60.0
 _MODES = (AUTO, LAZY, COPY)
@@ -61,7 +62,25 @@ class HostBranches:
         return cls(find_host(environ), clock, environ)
 
     async def create(self, request: BranchRequest) -> BranchResult:
-        """Make a branch and start it; raises what names the cause, and then leaves nothing behind."""
+        """Make a branch and start it; raises what names the cause, and then leaves nothing behind.
+
+        Where replay cannot begin at a built snapshot it begins at a base backup, and says so.
+        """
+        try:
+            return await self._create(request)
+        except FormatError as error:
+            if request.stock:
+                raise
+            result = await self._create(dataclasses.replace(request, stock=True))
+            return dataclasses.replace(
+                result,
+                warnings=(
+                    *result.warnings,
+                    f"replayed from a base backup instead of a snapshot: {error.message}",
+                ),
+            )
+
+    async def _create(self, request: BranchRequest) -> BranchResult:
         began = self._clock.monotonic()
         _check(request)
         self.host.make()

@@ -116,7 +116,9 @@ class BranchMaker:
 
     async def _make(self, store: Store) -> LocalBranch:
         history = await History.load(store, self.request.parent)
-        target = await history.resolve(await self._when(history), tli=self.request.tli)
+        target = await history.resolve(
+            await self._when(history), tli=self.request.tli, stock=self.request.stock
+        )
         incarnation = incarnation_at(history.state, target.lsn)
         check_architecture(incarnation)
         binaries = find_binaries(incarnation.major, self._environ)

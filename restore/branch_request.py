@@ -68,6 +68,8 @@ class BranchRequest:
     if_exists: str = "fail"
     """``fail``, ``reuse`` (what is there, started if need be) or ``reset`` (deleted and made again)."""
     cache_bytes: int = 20 << 30
+    stock: bool = False
+    """Begin at a base backup, where stock Postgres would, whatever snapshots there are."""
     untouched: bool = False
     """Nobody will connect, nor we to isolate it, and nothing runs in it by itself: its files are what is
     wanted."""

@@ -14,6 +14,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from restore import wal_files
+from restore.branch import HostBranches
+from restore.branch_request import BranchRequest, StoreAddress
 from restore.eager import read_listing, write_files
 from restore.host import find_host
 from restore.snapshot_build import newest_page
@@ -24,8 +27,10 @@ from tests.support.restored import stock_recovery
 from tests.support.tl_host import TL, Host, make_host
 from tests.support.workload import prepare, steps
 from timeline.catalog.branch_log import read_head
+from timeline.clock import SystemClock
 from timeline.format.log import BUILT, BranchState, Snapshot
 from timeline.lsn import Lsn
+from timeline.pg.errors import WalFormatError
 from timeline.store.open import open_store
 
 SETTINGS = {
@@ -262,3 +267,28 @@ def test_what_a_killed_build_left_is_removed_by_the_next(make_place: Callable[[i
     assert os.listdir(build / "branches") == []
     branch = place.host.tl("branch", "x")
     assert place.value(branch["dsn"], "select count(*) from t") == "300000"
+
+
+@pytest.mark.fuse
+def test_a_point_that_does_not_fit_is_no_reason_to_fail(
+    make_place: Callable[[int], Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ordinary recovery from the base backup, and a word about it; nothing is guessed."""
+    place = make_place(15)
+    place.server.sql("create table t as select generate_series(1, 1000) i")
+    place.archive()
+    place.server.sql("insert into t select generate_series(1, 1000) i")
+    place.archive()
+    place.snapshot()
+    place.server.sql("insert into t values (0)")
+    place.archive()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise WalFormatError(Lsn(0), "expected something else")
+
+    monkeypatch.setattr(wal_files, "redo_point_patches", refuse)
+    host = find_host({**os.environ, "TL_STATE": place.host.environment["TL_STATE"]})
+    branches = HostBranches(host, SystemClock(), os.environ)
+    made = asyncio.run(branches.create(BranchRequest(StoreAddress(place.host.store), name="stock")))
+    assert place.value(made.dsn, "select count(*) from t") == "2001"
+    assert any("expected something else" in warning for warning in made.warnings)
