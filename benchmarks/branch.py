@@ -1,6 +1,6 @@
 """Time to the first query of a branch, by size of the database and kind of store.
 
-    python -m benchmarks.branch [--sizes 0.25,1,4] [--stores file,s3] [--samples 5] [--json]
+    python -m benchmarks.branch [--sizes 0.25,1,4] [--stores file,s3] [--samples 5] [--replay] [--json]
 
 The clock runs outside: from the exec of the installed ``tl`` in a fresh process, with an empty extent cache and no agent,
 to the first row through psql. S3 is SeaweedFS behind a proxy that adds 20 ms to the first byte, limits each connection to
@@ -24,6 +24,7 @@ from benchmarks.fixture import (
     timed_branch,
     working_directory,
 )
+from benchmarks.replay import replay
 from benchmarks.report import Report
 from tests.support.s3_proxy import S3Proxy, running_proxy
 from tests.support.seaweed import running_seaweed
@@ -84,6 +85,10 @@ def main() -> None:
     parser.add_argument("--sizes", default="0.25,1,4", help="GiB, comma-separated")
     parser.add_argument("--stores", default="file,s3")
     parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument(
+        "--replay", action="store_true", help="random moments of a long history instead of sizes"
+    )
+    parser.add_argument("--wal-gib", type=float, default=4, help="how much history --replay writes")
     parser.add_argument("--json", action="store_true", help="(always on: the last line is JSON)")
     options = parser.parse_args()
     report = Report("branch")
@@ -92,6 +97,15 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(working_directory())
         direct, proxy = stack.enter_context(_s3()) if "s3" in stores else ("", None)
+        if options.replay:
+            places: dict[str, tuple[str, str | None, str | None]] = {
+                "file": (f"file://{directory}/replay-store", None, None)
+            }
+            if proxy is not None:
+                places["s3"] = ("s3://bench/replay", direct, proxy.endpoint_url)
+            chosen = {kind: places[kind] for kind in stores}
+            replay(report, directory, chosen, int(options.wal_gib * GIB), options.samples)
+            sizes = []
         for size in sizes:
             with pgbench_source(int(size * GIB)) as source:
                 for kind in stores:
@@ -111,7 +125,7 @@ def main() -> None:
                         report, branching, source.bin, label, options.samples, proxy if endpoint else None
                     )
                     archiving.tl("detach", "--source", source.conninfo, "--yes")
-        for kind in stores:
+        for kind in stores if sizes else ():
             small, large = f"{kind}/{sizes[0]:g}GiB", f"{kind}/{sizes[-1]:g}GiB"
             ratio = report.median(f"first_query_seconds/{large}") / report.median(
                 f"first_query_seconds/{small}"

@@ -57,13 +57,18 @@ def first_row(bin_dir: Path, dsn: str, query: str) -> str:
     return result.stdout.strip()
 
 
-def timed_branch(host: Host, bin_dir: Path, name: str, *args: str) -> tuple[float, dict[str, Any]]:
-    """Seconds from the exec of ``tl branch`` to the first row of a primary-key lookup, and what ``tl`` said."""
+def timed_branch(
+    host: Host, bin_dir: Path, name: str, *args: str, expected: str | None = "0"
+) -> tuple[float, dict[str, Any]]:
+    """Seconds from the exec of ``tl branch`` to the first row of a primary-key lookup, and what ``tl`` said.
+
+    Raises RuntimeError when the row is not the expected one (``None``: when there is none).
+    """
     begin = time.perf_counter()
     result = host.tl("branch", name, *args)
     row = first_row(bin_dir, result["dsn"], "select abalance from pgbench_accounts where aid = 77777")
     elapsed = time.perf_counter() - begin
-    if row != "0":
+    if row != expected if expected is not None else not row:
         raise RuntimeError(f"the branch answered {row!r}")
     return elapsed, result
 

@@ -41,6 +41,18 @@ class SlotReport:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotStatus:
+    """A place where replay can begin."""
+
+    id: str
+    kind: str
+    """``base`` (a base backup) or ``built`` (from WAL)."""
+    tli: int
+    lsn: Lsn
+    time: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class StatusResult:
     """What ``tl status`` knows."""
 
@@ -50,7 +62,8 @@ class StatusResult:
     ranges: tuple[RangeStatus, ...]
     fresh_seconds: float | None
     """Age of the newest recoverable moment, by the host's clock."""
-    snapshots: int
+    snapshots: tuple[SnapshotStatus, ...]
+    """Oldest first."""
     newest_snapshot: str | None
     newest_snapshot_time: str | None
     database_bytes: int | None
@@ -119,7 +132,9 @@ async def _status(settings: Settings) -> StatusResult:
             for found in ranges
         ),
         fresh_seconds=max(0.0, (clock.now() - last_time) / 1e6) if last_time is not None else None,
-        snapshots=len(state.snapshots),
+        snapshots=tuple(
+            SnapshotStatus(one.id, one.kind, one.tli, one.lsn, iso(one.time)) for one in state.snapshots
+        ),
         newest_snapshot=newest.id if newest else None,
         newest_snapshot_time=iso(newest.time) if newest else None,
         database_bytes=newest.bytes if newest else None,
@@ -192,7 +207,7 @@ def _print(result: StatusResult) -> None:
     say(f"store      {result.store}")
     if result.database_bytes is not None:
         say(
-            f"snapshots  {result.snapshots}, newest of {local(result.newest_snapshot_time)}, "
+            f"snapshots  {len(result.snapshots)}, newest of {local(result.newest_snapshot_time)}, "
             f"{size_text(result.database_bytes)}; {size_text(result.replay_bytes or 0)} of WAL since"
         )
     if result.slot is not None:

@@ -1,0 +1,145 @@
+"""First query at random moments of a long history: what ``benchmarks.branch --replay`` measures.
+
+A source with checkpoints more than 1 GiB apart writes WAL since its base backup while ``tl archive`` builds
+snapshots. Then branches are made at random LSNs, and right at snapshots, each in a fresh process with an empty
+extent cache; and one full restore of the head is replayed by stock Postgres, for the ratio.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.fixture import Host, make_host, timed_branch
+from benchmarks.report import Report
+from tests.support.postgres import PostgresServer, running_server
+from tests.support.restored import wait_until_promoted
+from timeline.format.log import BUILT
+from timeline.lsn import Lsn
+
+SETTINGS = {
+    "max_wal_size": "32GB",
+    "checkpoint_timeout": "1h",
+    "max_slot_wal_keep_size": "64GB",
+    "shared_buffers": "512MB",
+    "synchronous_commit": "off",
+    "autovacuum": "off",
+    "full_page_writes": "on",
+}
+SCALE = 60
+"""Of pgbench: a database of 0.9 GiB."""
+_PATIENCE_SECONDS = 1800.0
+
+
+def position(server: PostgresServer) -> Lsn:
+    """Where the source's WAL ends."""
+    return Lsn.parse(server.value("select pg_current_wal_flush_lsn()"))
+
+
+def pgbench(server: PostgresServer, *args: str) -> None:
+    """One run of pgbench."""
+    server.tool(
+        "pgbench", *args, "-h", str(server.sockets), "-p", str(server.port), "-U", "postgres", "postgres"
+    )
+
+
+def write_history(server: PostgresServer, host: Host, wal_bytes: int) -> tuple[Lsn, Lsn]:
+    """A base backup, then so much WAL, archived with snapshots on the way; first and last moment to branch at."""
+    pgbench(server, "-i", "-q", "-I", "dtgvp", "-s", str(SCALE))
+    host.tl("archive", "--once")
+    begin = position(server)
+    archiver = host.start_archiver("--snapshot-every", "64")
+    try:
+        while position(server) - begin < wal_bytes:
+            pgbench(server, "-n", "-c", "4", "-j", "2", "-T", "10")
+            # As much as the archive's own builder keeps up with, as on a server sized for its load.
+            _wait_for_snapshot(host, Lsn(position(server) - (256 << 20)))
+        end = position(server)
+        _wait_for_snapshot(host, Lsn(end - (64 << 20)))
+    finally:
+        archiver.terminate()
+        archiver.wait(timeout=120)
+    host.tl("archive", "--once")
+    host.tl("snapshot")
+    return begin, end
+
+
+def _wait_for_snapshot(host: Host, lsn: Lsn) -> None:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while host.tl("status")["replay_bytes"] > 192 << 20:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no snapshot beyond {lsn} in time")
+        time.sleep(1)
+
+
+def measure(
+    report: Report,
+    host: Host,
+    bin_dir: Path,
+    kind: str,
+    begin: Lsn,
+    end: Lsn,
+    snapshots: list[str],
+    samples: int,
+) -> None:
+    """Branches at random moments and at snapshots."""
+    chance = random.Random(20260120)
+    for sample in range(samples):
+        for label, when in (
+            ("random_lsn", str(Lsn(chance.randrange(begin + (1 << 20), end)))),
+            ("at_snapshot", chance.choice(snapshots)),
+        ):
+            host.forget_cache()
+            host.end_agent()
+            name = f"{label.replace('_', '-')}-{sample}"
+            elapsed, made = timed_branch(host, bin_dir, name, "--at", when, expected=None)
+            report.add(f"first_query_seconds/{kind}/{label}", elapsed, "s", "lower")
+            report.add(f"replayed_mb/{kind}/{label}", made["replayed_bytes"] / 1e6, "MB", "lower")
+            host.tl("delete", name, "--yes")
+
+
+def eager_seconds(server: PostgresServer, host: Host, directory: Path) -> float:
+    """A full restore of the head, until stock Postgres has replayed it all."""
+    began = time.perf_counter()
+    data = directory / "eager"
+    host.tl("restore", str(data), timeout=3600)
+    copy = PostgresServer(server.major, directory)
+    copy.data = data
+    copy.make_directory(copy.sockets)
+    copy.configure({"port": str(copy.port), "unix_socket_directories": f"'{copy.sockets}'"})
+    if os.geteuid() == 0:
+        user = copy.user
+        subprocess.run(["chown", "-R", f"{user.pw_uid}:{user.pw_gid}", str(data)], check=True)
+    directory.chmod(0o755)
+    try:
+        copy.start()
+        wait_until_promoted(copy, seconds=_PATIENCE_SECONDS)
+        return time.perf_counter() - began
+    finally:
+        copy.stop("immediate")
+
+
+def replay(report: Report, directory: Path, stores: dict[str, tuple[str, str | None, str | None]],
+           wal_bytes: int, samples: int) -> None:  # fmt: skip
+    """All of it, for each store: kind → (URL, end point of the archiver, end point of the branches)."""
+    for kind, (url, direct, through) in stores.items():
+        place = directory / f"replay-{kind}"
+        with running_server(15, settings=SETTINGS) as server:
+            archiving = make_host(place, url, source=server.conninfo, endpoint_url=direct)
+            archiving.tl("init", url, "--source", server.conninfo)
+            begin, end = write_history(server, archiving, wal_bytes)
+            print(f"{kind}: {(end - begin) >> 20} MiB of WAL", file=sys.stderr, flush=True)
+            branching = make_host(place, url, endpoint_url=through)
+            known = archiving.tl("status")["snapshots"]
+            snapshots = [each["lsn"] for each in known if each["kind"] == BUILT]
+            measure(report, branching, server.bin, kind, begin, end, snapshots, samples)
+            if kind == "file":
+                eager = eager_seconds(server, branching, place / "full")
+                report.add("eager_seconds/file", eager, "s", "lower")
+                lazy = report.median("first_query_seconds/file/random_lsn")
+                report.add("ratio_eager_to_lazy/file", eager / lazy, "ratio", "higher")
+            archiving.tl("detach", "--source", server.conninfo, "--yes")
