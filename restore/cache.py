@@ -132,9 +132,6 @@ class DiskCache:
         root = directory / "v1"
         try:
             (root / "tmp").mkdir(parents=True, exist_ok=True, mode=0o700)
-            for shard in range(SHARDS):
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(f"{root}/{shard:02x}", 0o700)
             if not os.access(root / "tmp", os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root))
         except OSError as error:
@@ -178,10 +175,21 @@ class DiskCache:
         finally:
             os.close(fd)
         if complete:
-            os.rename(temporary, path)
+            self._show(temporary, path)
         else:
             os.unlink(temporary)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    @staticmethod
+    def _show(temporary: str, path: str) -> None:
+        """Give the entry its name; its shard is made when it gets its first one, for a start cannot wait for
+        all of them."""
+        try:
+            os.rename(temporary, path)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(os.path.dirname(path), 0o700)
+            os.rename(temporary, path)
 
     def _has_room(self, size: int) -> bool:
         self._since_free_check += size
