@@ -17,7 +17,8 @@ def keep_small() -> None:
 
     numpy's algebra, which nothing here uses, would start a thread for each core, and they wait for work by
     spinning. glibc stops giving freed blocks of up to 32 MiB back once it has seen one of that size: the chunks
-    of one busy minute would stay resident for ever, with holes that only smaller blocks fit in (P9).
+    of one busy minute would stay resident for ever, with holes that only smaller blocks fit in (P9). What would
+    then be mapped again and again is kept by its owner (``ChunkBuffers``).
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -111,9 +111,11 @@ class Committer:
         uploads_in_flight: int,
         patience_seconds: float,
         on_change: Callable[[], None] = lambda: None,
+        on_stored: Callable[[RawChunk], None] = lambda chunk: None,
     ) -> None:
         """``executor`` runs scan and compression. ``on_change`` is called when something became durable, a
-        slot became free or the run failed."""
+        slot became free or the run failed; ``on_stored`` with each chunk that is durable and no longer looked
+        at."""
         self._store = store
         self._identity = identity
         self._indexer = indexer
@@ -122,6 +124,7 @@ class Committer:
         self._limit = uploads_in_flight
         self._patience = patience_seconds
         self._on_change = on_change
+        self._on_stored = on_stored
         self._submitted = position
         self._durable = position
         self._waiting: collections.deque[_Item] = collections.deque()
@@ -247,6 +250,7 @@ class Committer:
             size = len(item.chunk.wal)
             self._buffered -= size
             self._durable = item.chunk.end
+            self._on_stored(item.chunk)
             self.stats.chunks += 1
             self.stats.wal_bytes += size
             self.stats.committed_at = self._clock.now()

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 from timeline.archive import lineage
+from timeline.archive.chunker import ChunkBuffers
 from timeline.archive.committer import ChunkIdentity, Committer, Recut
 from timeline.archive.connect import ServerError
 from timeline.archive.protocol import StreamState, status_interval
@@ -293,6 +294,7 @@ class Session:
             epoch=run.epoch,
         )
         async with contextlib.AsyncExitStack() as stack:
+            buffers = ChunkBuffers()
             committer = Committer(
                 run.store,
                 identity,
@@ -303,6 +305,7 @@ class Session:
                 uploads_in_flight=config.uploads_in_flight,
                 patience_seconds=config.store_patience_seconds,
                 on_change=self._connection.wake,
+                on_stored=buffers.give,
             )
             run.committer = committer
             stack.push_async_callback(committer.aclose)
@@ -313,6 +316,7 @@ class Session:
                 StreamState(resume.start, silent_until=resume.end, interval_seconds=self._interval),
                 Overlap(tli, resume.start, resume.overlap),
                 tli=tli,
+                buffers=buffers,
                 clock=run.clock,
                 budget=run.budget,
                 max_delay_seconds=config.max_delay_seconds,

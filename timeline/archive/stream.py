@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from timeline.archive.budget import RequestBudget
-from timeline.archive.chunker import Chunker, RawChunk
+from timeline.archive.chunker import ChunkBuffers, Chunker, RawChunk
 from timeline.archive.committer import Committer, first_difference
 from timeline.archive.protocol import Keepalive, ProtocolError, StreamState, XLogData
 from timeline.archive.receiver import NextTli, ReplicationConnection
@@ -83,6 +83,7 @@ class TliStream:
         overlap: Overlap,
         *,
         tli: int,
+        buffers: ChunkBuffers,
         clock: Clock,
         budget: RequestBudget,
         max_delay_seconds: float,
@@ -103,7 +104,7 @@ class TliStream:
         self._buffer_bytes = buffer_bytes
         self._stop_patience = stop_patience_seconds
         self._primary = primary
-        self._chunker = Chunker(tli, committer.durable)
+        self._chunker = Chunker(tli, committer.durable, buffers=buffers)
         self._candidate: Coverage | None = None
         self._hurry = False
         self.progress = StreamProgress(received=committer.durable, source_end=committer.durable)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timeline.archive.budget import RequestBudget
-from timeline.archive.chunker import Chunker, RawChunk
+from timeline.archive.chunker import SPARE_BUFFERS, ChunkBuffers, Chunker, RawChunk
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
 
@@ -73,6 +73,37 @@ def test_coverage_of_what_has_not_come_is_not_taken() -> None:
     chunk = chunker.cut()
     assert chunk is not None
     assert chunk.coverage is None
+
+
+@given(st.lists(st.tuples(st.integers(1, 150), st.booleans(), st.integers(0, 3)), max_size=40))
+def test_a_buffer_is_used_again_only_when_its_chunk_is_stored(steps: list[tuple[int, bool, int]]) -> None:
+    buffers = ChunkBuffers(64)
+    chunker = Chunker(1, Lsn(0), cut_bytes=64, buffers=buffers)
+    wal = bytes(index % 251 for index in range(sum(size for size, _, _ in steps)))
+    pending: list[RawChunk] = []
+    at = 0
+    for size, cut, stored in steps:
+        pending += chunker.add(wal[at : at + size], 0.0)
+        at += size
+        if cut and (chunk := chunker.cut()) is not None:
+            pending.append(chunk)
+        assert all(bytes(chunk.wal) == wal[chunk.start : chunk.end] for chunk in pending)
+        for chunk in pending[:stored]:
+            buffers.give(chunk)
+        del pending[:stored]
+
+
+def test_few_buffers_are_kept_and_short_chunks_hold_none() -> None:
+    buffers = ChunkBuffers(64)
+    chunker = Chunker(1, Lsn(0), cut_bytes=64, buffers=buffers)
+    chunks = chunker.add(bytes(64 * (SPARE_BUFFERS + 2)), 0.0)
+    for chunk in chunks:
+        buffers.give(chunk)
+    kept = {id(buffers.take()) for _ in chunks} & {id(chunk.wal.obj) for chunk in chunks}
+    assert len(kept) == SPARE_BUFFERS
+    chunker.add(bytes(32), 0.0)
+    short = chunker.cut()
+    assert short is not None and isinstance(short.wal.obj, bytes)
 
 
 def test_a_budget_allows_a_burst_and_then_its_rate() -> None:

@@ -42,7 +42,7 @@ class PlainIndexer:
 
 def chunk(start: int, end: int, *, coverage: Coverage | None = None) -> RawChunk:
     """A run of the test's WAL; positions relative to its start."""
-    return RawChunk(Lsn(BASE + start), bytearray(WAL[start:end]), coverage)
+    return RawChunk(Lsn(BASE + start), memoryview(bytearray(WAL[start:end])), coverage)
 
 
 def stored(start: int, end: int, *, epoch: int = 7, wal: bytes | None = None, system: int = 42) -> bytes:
