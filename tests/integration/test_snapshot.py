@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -292,3 +295,47 @@ def test_a_point_that_does_not_fit_is_no_reason_to_fail(
     made = asyncio.run(branches.create(BranchRequest(StoreAddress(place.host.store), name="stock")))
     assert place.value(made.dsn, "select count(*) from t") == "2001"
     assert any("expected something else" in warning for warning in made.warnings)
+
+
+@pytest.mark.slow
+@pytest.mark.fuse
+def test_builders_and_their_servers_killed_at_random(make_place: Callable[[int], Place]) -> None:
+    """P3, EDGE 57: the store never shows half a snapshot, the next build succeeds, and is right."""
+    place = make_place(15)
+    server = place.server
+    prepare(server)
+    place.archive()
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    build = Path(place.host.environment["TL_STATE"]) / "build"
+    for number in range(12):
+        server.sql(
+            f"create table k{number} as select g, md5(g::text) v from generate_series(1, 20000) g",
+            f"update k{number} set v = v || 'x' where g % 7 = 0",
+        )
+        place.archive()
+        child = subprocess.Popen(
+            [TL, "snapshot", "--json"], env=place.host.environment, stdout=subprocess.PIPE, text=True
+        )
+        time.sleep(chance.uniform(0.5, 6.0))
+        victims = [child.pid]
+        if number % 2:
+            pids = (path.read_text().split("\n")[0] for path in build.glob("branches/*/data/postmaster.pid"))
+            victims = [int(pid) for pid in pids if pid.isdigit()]
+        for victim in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+        child.communicate(timeout=120)
+        for snapshot in state_of(place.host.store).snapshots:
+            assert snapshot.kind != BUILT or len(snapshot.pages) <= 8
+    place.snapshot()
+    assert os.listdir(build / "branches") == []
+    last = state_of(place.host.store).snapshots[-1]
+    assert last.kind == BUILT
+    ours = write_out(place.host.store, last, place.root / "ours")
+    host = find_host({**os.environ, "TL_STATE": place.host.environment["TL_STATE"]})
+    data = stock_recovery(place.host.store, last.lsn, place.root / "stock", 15, host)
+    differing, _ = differing_pages(data, ours)
+    reset = {f"only expected: {path.relative_to(data)}"[: -len("_init")] for path in data.rglob("*_init")}
+    assert [line for line in differing if line not in reset] == []
