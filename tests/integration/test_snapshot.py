@@ -119,6 +119,7 @@ def make_place(make_postgres: Callable[..., PostgresServer]) -> Iterator[Callabl
 
 
 @pytest.mark.fuse
+@pytest.mark.majors
 @pytest.mark.parametrize("major", MAJORS)
 def test_a_chain_of_snapshots_is_what_stock_recovery_gives(
     make_place: Callable[[int], Place], major: int
