@@ -13,12 +13,14 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from tests.fix_postgres import MAJORS
 from tests.support.postgres import PostgresServer, scratch, server_user
 from tests.support.tl_host import Host, make_host
 from tests.support.workload import Moment, prepare, record_moments, sequence_values, server_digest
 
 COMPARED = ("base", "global", "pg_xact", "pg_multixact", "pg_commit_ts", "pg_twophase", "pg_tblspc")
 PAGES_PER_MAJOR = 4
+pytestmark = pytest.mark.majors
 """Moments compared page by page; every one is compared logically."""
 
 
@@ -35,7 +37,7 @@ class Recorded:
     """The server's own archived segments."""
 
 
-@pytest.fixture(scope="module", params=[15, 18], ids=lambda major: f"pg{major}")
+@pytest.fixture(scope="module", params=MAJORS, ids=lambda major: f"pg{major}")
 def recorded(
     request: pytest.FixtureRequest, make_postgres_session: Callable[..., PostgresServer]
 ) -> Iterator[Recorded]:
