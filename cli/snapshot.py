@@ -19,6 +19,8 @@ from timeline.ids import MAIN
 if TYPE_CHECKING:
     from restore.snapshot_build import Build
 
+NICENESS = 10
+
 
 @click.command("snapshot")
 @click.option(
@@ -40,6 +42,8 @@ def snapshot_command(*, settings: Settings, at_least_mib: float) -> None:
     """
     from restore.agent_fork import prepare_libraries
 
+    # Whatever else this host does comes first, the archiver above all; server and mount inherit it.
+    os.nice(NICENESS)
     prepare_libraries()
     from restore.branch_request import StoreAddress
     from restore.host import find_host
