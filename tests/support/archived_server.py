@@ -132,7 +132,7 @@ class ArchivedServer:
 def archived_server(
     server: PostgresServer, url: str | Path, *, endpoint_url: str | None = None
 ) -> Iterator[ArchivedServer]:
-    """A new store at ``url`` with a base backup of the server, and an archiver at work."""
+    """A new store at ``url`` with a base backup of the server and its WAL so far, and an archiver at work."""
     archived = ArchivedServer(server, str(url), endpoint_url=endpoint_url)
 
     async def create() -> None:
@@ -145,4 +145,5 @@ def archived_server(
     asyncio.run(create())
     with archived.archiving():
         archived.back_up()
+        archived.position()
         yield archived
