@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,9 @@ from benchmarks.replay import replay
 from benchmarks.report import Report
 from tests.support.s3_proxy import S3Proxy, running_proxy
 from tests.support.seaweed import running_seaweed
+
+IDLE_SECONDS = 30.0
+"""A further mount is measured right after the first query, and again when it has been idle for so long."""
 
 
 @contextlib.contextmanager
@@ -71,6 +75,9 @@ def _measure(
         report.add(f"first_query_seconds/{label}/agent", elapsed, "s", "lower")
         mount = host.mount_pid(result["data_directory"])
         if sample == 0 and mount is not None:
+            private = resident_bytes(mount, "Private")
+            report.add(f"further_mount_busy_private_mb/{label}", private / 1e6, "MB", "lower")
+            time.sleep(IDLE_SECONDS)
             private = resident_bytes(mount, "Private")
             report.add(f"further_mount_private_mb/{label}", private / 1e6, "MB", "lower")
         host.tl("delete", f"beside-{sample}", "--yes")

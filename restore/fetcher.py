@@ -215,6 +215,13 @@ class Fetcher:
         self._keep_on_disk(digest, data)
         return data
 
+    def let_go(self) -> None:
+        """Give up what is in memory: the disk cache has it, too."""
+        self._memory.clear()
+        self._memory_bytes = 0
+        self._ahead_bytes -= sum(len(raw) for raw, _ in self._ahead.values())
+        self._ahead.clear()
+
     async def aclose(self) -> None:
         """Wait for what is under way."""
         while self._queue or self._tasks:

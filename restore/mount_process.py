@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import json
 import logging
@@ -49,6 +50,8 @@ THREADS = 4
 STATS_SECONDS = 1.0
 READ_AHEAD_KB = 1024
 MAX_BACKGROUND = 64
+IDLE_SECONDS = 10.0
+"""A mount that was asked for nothing for so long keeps no extents in memory: a host runs many."""
 DETACHED_SECONDS = 3.0
 """How long a detached mount goes on serving whoever still has files open."""
 _IDLE_WORKERS = 8
@@ -93,7 +96,11 @@ async def serve(spec: MountSpec, clock: Clock, ready: Ready) -> None:
         try:
             ready()
             _log.info("mounted %s on %s", spec.snapshot.id, spec.mountpoint)
-            async with _background(stats.write_regularly(clock)), _stopping(spec.mountpoint, clock):
+            async with (
+                _background(stats.write_regularly(clock)),
+                _background(_rest_when_idle(fetcher, operations, clock)),
+                _stopping(spec.mountpoint, clock),
+            ):
                 await pyfuse3.main(min_tasks=_IDLE_WORKERS)
         finally:
             pyfuse3.close(unmount=True)
@@ -160,6 +167,21 @@ class _Stats:
         while True:
             self.write()
             await clock.sleep(STATS_SECONDS)
+
+
+async def _rest_when_idle(fetcher: Fetcher, operations: MountOperations, clock: Clock) -> None:
+    """Give memory back once the mount has nothing to do, until cancelled."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    seen = rested = dataclasses.astuple(operations.traffic)
+    while True:
+        await clock.sleep(IDLE_SECONDS)
+        now = dataclasses.astuple(operations.traffic)
+        if now == seen != rested:
+            rested = now
+            fetcher.let_go()
+            if trim is not None:
+                trim(0)
+        seen = now
 
 
 async def _fetch_boot_set(source: ExtentSource) -> int:

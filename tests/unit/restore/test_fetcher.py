@@ -206,6 +206,23 @@ def test_patience_ends() -> None:
     with_bench(work)
 
 
+def test_what_is_let_go_is_fetched_again() -> None:
+    """P9: without a disk cache, from the store; the bounds count what is really held."""
+
+    async def work(bench: Bench) -> None:
+        refs = await put_extents(bench.memory, raws(3))
+        await bench.fetcher.fetch(refs[0])
+        bench.fetcher.prefetch(refs[1:])
+        await bench.fetcher.aclose()
+        bench.fetcher.let_go()
+        assert [bench.fetcher.peek(ref, 0, ref.raw_bytes) for ref in refs] == [None] * 3
+        gets = bench.gate.gets
+        assert await bench.fetcher.fetch(refs[2]) == raws(3)[2]
+        assert bench.gate.gets == gets + 1
+
+    with_bench(work)
+
+
 def test_store_that_never_answers_counts_as_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetcher_module, "REQUEST_SECONDS", 0.05)
 
