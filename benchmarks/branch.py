@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.fixture import (
     GIB,
     Host,
+    distant_s3,
     make_host,
     pgbench_source,
     resident_bytes,
@@ -25,19 +25,7 @@ from benchmarks.fixture import (
     working_directory,
 )
 from benchmarks.report import Report
-from tests.support.s3_proxy import S3Proxy, running_proxy
-from tests.support.seaweed import running_seaweed
-
-
-@contextlib.contextmanager
-def _s3() -> Iterator[tuple[str, S3Proxy]]:
-    """A real S3 server behind the latency proxy."""
-    with (
-        running_seaweed() as server,
-        running_proxy(server.endpoint_url, latency_ms=20, bandwidth_mb=100) as proxy,
-    ):
-        server.make_bucket("bench")
-        yield server.endpoint_url, proxy
+from tests.support.s3_proxy import S3Proxy
 
 
 def _measure(
@@ -91,7 +79,7 @@ def main() -> None:
     stores = options.stores.split(",")
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(working_directory())
-        direct, proxy = stack.enter_context(_s3()) if "s3" in stores else ("", None)
+        direct, proxy = stack.enter_context(distant_s3()) if "s3" in stores else ("", None)
         for size in sizes:
             with pgbench_source(int(size * GIB)) as source:
                 for kind in stores:
