@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.fixture import (
     GIB,
@@ -44,6 +46,8 @@ _TABLE = "pgbench_accounts"
 
 async def _enlarge(host: Host, table: str, segments: int) -> EnlargedTable:
     clock = SystemClock()
+    # Where the S3 client looks for its keys.
+    os.environ.update({name: value for name, value in host.environment.items() if name.startswith("AWS_")})
     store = await open_store(host.store, endpoint_url=host.environment.get("TL_ENDPOINT_URL"))
     try:
         return await enlarge(store, BranchLog(store, "main", clock, clock.token(8)), clock, table, segments)
@@ -51,16 +55,18 @@ async def _enlarge(host: Host, table: str, segments: int) -> EnlargedTable:
         await store.aclose()
 
 
-def _first_query(host: Host, source: PostgresServer, name: str, block: int, real: int) -> float:
-    """Seconds to the row at that block, which must be the one at block ``real`` of the source."""
+def _first_query(
+    host: Host, source: PostgresServer, name: str, block: int, real: int
+) -> tuple[float, dict[str, Any]]:
+    """Seconds to the row at that block, which must be the one at block ``real`` of the source; and the branch."""
     query = f"select aid from {_TABLE} where ctid = '({{}},1)'"
     begin = time.perf_counter()
-    dsn = host.tl("branch", name)["dsn"]
-    row = first_row(source.bin, dsn, query.format(block))
+    branch = host.tl("branch", name)
+    row = first_row(source.bin, branch["dsn"], query.format(block))
     elapsed = time.perf_counter() - begin
     if row != source.value(query.format(real)):
         raise RuntimeError(f"block {block} answered {row!r}")
-    return elapsed
+    return elapsed, branch
 
 
 def _measure(
@@ -83,15 +89,13 @@ def _measure(
         block = size // BLOCK_BYTES - 1 - chance.randrange(1, 1000)
         real = block if enlarged is None else enlarged.real_block(block)
         name = f"sample-{sample}"
-        report.add(
-            f"first_query_seconds/{label}", _first_query(host, source, name, block, real), "s", "lower"
-        )
+        elapsed, branch = _first_query(host, source, name, block, real)
+        report.add(f"first_query_seconds/{label}", elapsed, "s", "lower")
         if proxy is not None:
             stats = proxy.stats()
             report.add(f"requests/{label}", sum(stats.requests.values()), "requests", "lower")
             report.add(f"fetched_mb/{label}", stats.bytes_down / 1e6, "MB", "lower")
         if sample == 0:
-            branch = next(each for each in host.branches() if each["name"] == name)
             mount = host.mount_pid(branch["data_directory"])
             if mount is None:
                 raise RuntimeError(f"{name} is no mount")
