@@ -13,12 +13,12 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.fixture import (
     GIB,
     Host,
+    distant_s3,
     make_host,
     pgbench_source,
     resident_bytes,
@@ -27,22 +27,10 @@ from benchmarks.fixture import (
 )
 from benchmarks.replay import replay
 from benchmarks.report import Report
-from tests.support.s3_proxy import S3Proxy, running_proxy
-from tests.support.seaweed import running_seaweed
+from tests.support.s3_proxy import S3Proxy
 
 IDLE_SECONDS = 30.0
 """A further mount is measured right after the first query, and again when it has been idle for so long."""
-
-
-@contextlib.contextmanager
-def _s3() -> Iterator[tuple[str, S3Proxy]]:
-    """A real S3 server behind the latency proxy."""
-    with (
-        running_seaweed() as server,
-        running_proxy(server.endpoint_url, latency_ms=20, bandwidth_mb=100) as proxy,
-    ):
-        server.make_bucket("bench")
-        yield server.endpoint_url, proxy
 
 
 def _measure(
@@ -103,7 +91,7 @@ def main() -> None:
     stores = options.stores.split(",")
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(working_directory())
-        direct, proxy = stack.enter_context(_s3()) if "s3" in stores else ("", None)
+        direct, proxy = stack.enter_context(distant_s3()) if "s3" in stores else ("", None)
         if options.replay:
             places: dict[str, tuple[str, str | None, str | None]] = {
                 "file": (f"file://{directory}/replay-store", None, None)

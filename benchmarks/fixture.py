@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.postgres import PostgresServer, running_server, scratch
+from tests.support.s3_proxy import S3Proxy, running_proxy
+from tests.support.seaweed import running_seaweed
 from tests.support.tl_host import TL, Host, make_host
 
 GIB = 1 << 30
@@ -26,6 +28,17 @@ def working_directory() -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def distant_s3() -> Iterator[tuple[str, S3Proxy]]:
+    """A real S3 server with a bucket ``bench``, and a proxy that puts it 20 ms away and counts."""
+    with (
+        running_seaweed() as server,
+        running_proxy(server.endpoint_url, latency_ms=20, bandwidth_mb=100) as proxy,
+    ):
+        server.make_bucket("bench")
+        yield server.endpoint_url, proxy
 
 
 @contextlib.contextmanager
@@ -88,6 +101,7 @@ __all__ = [
     "GIB",
     "TL",
     "Host",
+    "distant_s3",
     "first_row",
     "make_host",
     "pgbench_source",

@@ -12,8 +12,8 @@ the line was committed meanwhile. On one host they take turns.
 
 One check stands against every unknown: a page of a relation with an LSN above S is refused.
 
-Bounds: STEP_BYTES of WAL in one build, a longer way is taken in steps; rows of the blocks that one step changed
-(about 0.4 KB each) and what extent_writer.py and fold.py state in memory.
+Bounds: STEP_BYTES of WAL in one build (and what is empty beyond), a longer way is taken in steps; rows of the
+blocks that one step changed (about 0.4 KB each) and what extent_writer.py and fold.py state in memory.
 """
 
 from __future__ import annotations
@@ -194,9 +194,21 @@ class _Builder:
         return dataclasses.replace(build, elapsed_seconds=self._clock.monotonic() - began)
 
     async def _choose(self, history: History, head: Target) -> Lsn | None:
-        """The last place for a redo point within one step of the newest snapshot, and above it."""
-        begin = head.snapshot.end
-        latest = Lsn(min(head.last_record, head.snapshot.lsn + STEP_BYTES))
+        """The last place for a redo point within one step of the newest snapshot, and above it.
+
+        Where such a step leads nowhere, within the next: it may end in a segment that was switched and is empty
+        to its end, or right behind a fork. It would end there every time.
+        """
+        reach = head.snapshot.lsn
+        while reach < head.last_record:
+            reach = Lsn(min(head.last_record, reach + STEP_BYTES))
+            lsn = await self._last_place(history, head, reach)
+            if lsn is not None and lsn > head.snapshot.end:
+                return lsn
+        return None
+
+    async def _last_place(self, history: History, head: Target, latest: Lsn) -> Lsn | None:
+        """The last place for a redo point up to ``latest`` and not far below it."""
         line = history.lineage()
         span = next(part for part in reversed(line) if part.begin <= latest)
         incarnation = incarnation_at(history.state, latest)
@@ -219,7 +231,7 @@ class _Builder:
                 major=incarnation.major,
             )
             if lsn is not None:
-                return lsn if lsn > begin else None
+                return lsn
         return None
 
     async def _store_changes(

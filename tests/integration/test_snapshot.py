@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -20,21 +19,17 @@ import pytest
 from restore import wal_files
 from restore.branch import HostBranches
 from restore.branch_request import BranchRequest, StoreAddress
-from restore.eager import read_listing, write_files
 from restore.host import find_host
 from restore.snapshot_build import newest_page
 from tests.fix_postgres import MAJORS
 from tests.support.postgres import PostgresServer, scratch
-from tests.support.redo_points import differing_pages
-from tests.support.restored import stock_recovery
-from tests.support.tl_host import TL, Host, make_host
+from tests.support.snapshot_place import Place, state_of, unexpected_pages
+from tests.support.tl_host import TL
 from tests.support.workload import prepare, steps
-from timeline.catalog.branch_log import read_head
 from timeline.clock import SystemClock
-from timeline.format.log import BUILT, BranchState, Snapshot
+from timeline.format.log import BUILT
 from timeline.lsn import Lsn
 from timeline.pg.errors import WalFormatError
-from timeline.store.open import open_store
 
 SETTINGS = {
     "max_prepared_transactions": "10",
@@ -44,61 +39,6 @@ SETTINGS = {
     "max_wal_size": "4GB",
     "max_slot_wal_keep_size": "8GB",
 }
-
-
-def state_of(url: str) -> BranchState:
-    """What the log says."""
-
-    async def read() -> BranchState:
-        store = await open_store(url)
-        try:
-            head = await read_head(store, "main")
-        finally:
-            await store.aclose()
-        assert head is not None
-        return head.state
-
-    return asyncio.run(read())
-
-
-def write_out(url: str, snapshot: Snapshot, directory: Path) -> Path:
-    """The files of a snapshot, as its manifests name them."""
-
-    async def write() -> None:
-        store = await open_store(url)
-        try:
-            listing = await read_listing(store, snapshot)
-            await write_files(store, snapshot, listing, directory, None)
-        finally:
-            await store.aclose()
-
-    directory.mkdir()
-    asyncio.run(write())
-    return directory
-
-
-class Place:
-    """A source, its store, and a host that makes snapshots and branches."""
-
-    def __init__(self, server: PostgresServer, root: Path) -> None:
-        self.server = server
-        self.root = root
-        self.host: Host = make_host(root / "host", f"file://{root}/store", source=server.conninfo)
-        self.host.tl("init", self.host.store, "--source", server.conninfo)
-
-    def archive(self) -> None:
-        self.host.tl("archive", "--once")
-
-    def snapshot(self) -> list[str]:
-        """LSNs of what was built."""
-        built: list[str] = [each["lsn"] for each in self.host.tl("snapshot")["snapshots"]]
-        return built
-
-    def value(self, dsn: str, query: str) -> str:
-        with psycopg.connect(dsn) as conn:
-            found = conn.execute(query.encode()).fetchone()
-        assert found is not None
-        return str(found[0])
 
 
 @pytest.fixture
@@ -112,10 +52,7 @@ def make_place(make_postgres: Callable[..., PostgresServer]) -> Iterator[Callabl
 
     yield make
     for place in places:
-        for branch in place.host.branches():
-            place.host.tl("delete", branch["name"], "--yes")
-        place.host.end_agent()
-        shutil.rmtree(place.root, ignore_errors=True)
+        place.close()
 
 
 @pytest.mark.fuse
@@ -143,16 +80,9 @@ def test_a_chain_of_snapshots_is_what_stock_recovery_gives(
     assert all(two.parent == one.id for one, two in zip(state.snapshots, built, strict=False))
     assert max(len(snapshot.pages) for snapshot in state.snapshots) <= 8
     for snapshot in (built[len(built) // 2], built[-1]):
-        ours = write_out(place.host.store, snapshot, place.root / f"ours-{snapshot.id}")
-        theirs = place.root / f"stock-{snapshot.id}"
-        host = find_host({**os.environ, "TL_STATE": place.host.environment["TL_STATE"]})
-        data = stock_recovery(place.host.store, snapshot.lsn, theirs, major, host)
-        differing, compared = differing_pages(data, ours)
-        # Unlogged tables are made from their init forks by whoever starts (EDGE 29).
-        reset = {f"only expected: {path.relative_to(data)}"[: -len("_init")] for path in data.rglob("*_init")}
-        differing = [line for line in differing if line not in reset]
-        # Where hints are logged replay may leave free space, which is advice, unsaved (redo_point.py).
-        assert [page for page in differing if "_fsm" not in page or major < 18] == []
+        ours, data = place.image(snapshot), place.recovered(snapshot)
+        unexpected, compared = unexpected_pages(data, ours, hints=major >= 18)
+        assert unexpected == []
         assert compared > 3000
 
 
@@ -334,9 +264,5 @@ def test_builders_and_their_servers_killed_at_random(make_place: Callable[[int],
     assert os.listdir(build / "branches") == []
     last = state_of(place.host.store).snapshots[-1]
     assert last.kind == BUILT
-    ours = write_out(place.host.store, last, place.root / "ours")
-    host = find_host({**os.environ, "TL_STATE": place.host.environment["TL_STATE"]})
-    data = stock_recovery(place.host.store, last.lsn, place.root / "stock", 15, host)
-    differing, _ = differing_pages(data, ours)
-    reset = {f"only expected: {path.relative_to(data)}"[: -len("_init")] for path in data.rglob("*_init")}
-    assert [line for line in differing if line not in reset] == []
+    unexpected, _ = unexpected_pages(place.recovered(last), place.image(last), hints=False)
+    assert unexpected == []

@@ -12,19 +12,51 @@ from restore.branch_request import StoreAddress
 from restore.export import restore_directory
 from restore.host import Host
 from tests.support.postgres import PostgresServer, free_port
+from tests.support.wal_workload import hand_over
 from timeline.catalog.when import AtLsn
 from timeline.clock import SystemClock
 from timeline.lsn import Lsn
 
 
-def stock_recovery(url: str, lsn: Lsn, home: Path, major: int, host: Host) -> Path:
-    """A data directory recovered by stock Postgres from a full copy, and stopped before anyone connected."""
+def stock_recovery(url: str, lsn: Lsn, home: Path, major: int, host: Host, *, tli: int | None = None) -> Path:
+    """A data directory recovered by stock Postgres from a full copy, and stopped before anyone connected.
+
+    ``tli``: on whose line; the source's current one by default.
+    """
     server = PostgresServer(major, home)
     server.make_directory(home)
-    asyncio.run(restore_directory(StoreAddress(url), AtLsn(lsn), server.data, host, SystemClock()))
+    address = StoreAddress(url)
+    asyncio.run(restore_directory(address, AtLsn(lsn), server.data, host, SystemClock(), tli=tli))
     server.configure(
         {"port": str(free_port()), "unix_socket_directories": f"'{server.sockets}'", "autovacuum": "off"}
     )
+    server.start()
+    wait_until_promoted(server, seconds=120)
+    server.stop()
+    return server.data
+
+
+def recover_copy(server: PostgresServer, wal: Path, lsn: Lsn, tli: int) -> Path:
+    """Let stock Postgres replay a base backup, ``server.data``, with the segments in ``wal``, up to the record at
+    that LSN and not with it; promoted, and stopped before anyone connected."""
+    for name in ("standby.signal", "postgresql.auto.conf"):
+        (server.data / name).unlink(missing_ok=True)
+    server.configure(
+        {
+            "port": str(server.port),
+            "unix_socket_directories": f"'{server.sockets}'",
+            "primary_conninfo": "''",
+            "restore_command": f"'cp {wal}/%f %p'",
+            "recovery_target_timeline": f"'{tli}'",
+            "recovery_target_lsn": f"'{lsn}'",
+            "recovery_target_inclusive": "off",
+            "recovery_target_action": "promote",
+            "hot_standby": "off",
+            "max_logical_replication_workers": "0",
+        }
+    )
+    (server.data / "recovery.signal").touch()
+    hand_over(server, server.data / "recovery.signal")
     server.start()
     wait_until_promoted(server, seconds=120)
     server.stop()
