@@ -107,6 +107,13 @@ def _measure(
         host.tl("delete", name, "--yes")
 
 
+def _clear(host: Host) -> None:
+    """Leave no branch and no agent behind, whatever happened."""
+    for branch in host.branches():
+        host.tl("delete", branch["name"], "--yes")
+    host.end_agent()
+
+
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(
@@ -136,6 +143,7 @@ def main() -> None:
             archiving.tl("init", store, "--source", source.conninfo)
             archiving.tl("archive", "--once")
             branching = make_host(place, store, endpoint_url=counting.endpoint_url if counting else None)
+            stack.callback(_clear, branching)
             small, large = f"{kind}/{options.gib:g}GiB", f"{kind}/{options.segments}GiB"
             _measure(report, branching, source, small, options.samples, counting, None)
             print("enlarging", file=sys.stderr, flush=True)
