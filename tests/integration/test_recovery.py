@@ -318,6 +318,24 @@ def test_no_connection_where_nothing_leads_out(source: tuple[PostgresServer, Pla
         assert isolated(branch, nobody, backup) == ()
 
 
+def test_other_collation_versions_are_told_per_database(source: tuple[PostgresServer, PlainBackup]) -> None:
+    """EDGE 47: a source with another libc, of whose databases one was made under a version that is not here."""
+    server, backup = source
+    icu = "template template0 encoding 'UTF8' locale 'C' locale_provider icu icu_locale 'en-US'"
+    server.sql(f"create database sorted {icu}", f"create database unsorted {icu}")
+    server.sql("update pg_database set datcollversion = '1.0' where datname = 'sorted'")
+    try:
+        with branch_at(backup, position(server)) as branch:
+            endpoint = Endpoint(str(branch.root / "s"), 5432, "postgres")
+            elsewhere = dataclasses.replace(backup.incarnation, libc_version="1.0")
+            warnings = isolated(branch, endpoint, dataclasses.replace(backup, incarnation=elsewhere))
+    finally:
+        server.sql("drop database sorted", "drop database unsorted")
+    [told] = [text for text in warnings if "collation version" in text]
+    assert "'sorted'" in told
+    assert "on the source 1.0" in told
+
+
 def test_failure_says_why_and_leaves_no_process(source: tuple[PostgresServer, PlainBackup]) -> None:
     """A target that is never reached is Postgres's own FATAL, in one line (P7)."""
     _, backup = source
