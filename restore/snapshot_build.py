@@ -37,7 +37,7 @@ from restore.branch_request import BranchRequest, StoreAddress
 from restore.cache import DiskCache
 from restore.eager import read_listing
 from restore.fetcher import Counters, Fetcher
-from restore.fold import fold_deltas
+from restore.fold import MAX_DELTAS, fold_deltas
 from restore.host import Host, find_host
 from restore.lazy_host import lazy_obstacle
 from restore.local_branch import LAZY, LocalBranch
@@ -343,7 +343,13 @@ class _Storing:
         return build
 
     async def _folded(self, snapshot: Snapshot, listing: FileListing) -> Snapshot:
-        """The same, with few enough page manifests for its readers."""
+        """The same, with few enough page manifests for its readers.
+
+        Folding waits until there are too many: groups that many snapshots changed are then stored anew once, and
+        not at every second one.
+        """
+        if len({ref.lsn for ref in snapshot.pages}) <= 1 + MAX_DELTAS:
+            return snapshot
         fetcher = self._source.fetcher
         source = ExtentSource(snapshot, fetcher)
         pages = await fold_deltas(
