@@ -16,6 +16,7 @@ import os
 import select
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,7 +40,8 @@ def fork_agent(environ: Mapping[str, str], store_url: str) -> None:
 
     Raises TimelineError when the host's directories cannot be used or the agent does not start.
     """
-    if sys.platform != "linux" or not os.path.exists("/dev/fuse"):
+    # What else a lazy branch lacks here is met again, and told, when one is made; a copy needs no agent.
+    if sys.platform != "linux" or not os.path.exists("/dev/fuse") or find_spec("pyfuse3") is None:
         return
     host = find_host(environ)
     with told_plainly():

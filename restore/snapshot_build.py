@@ -143,10 +143,11 @@ def _turn(host: Host) -> Iterator[None]:
     """One builder on a host at a time; raises Unavailable."""
     fd = os.open(host.state / "build.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Unavailable("another snapshot is being built on this host", hint="wait for it") from None
         yield
-    except BlockingIOError:
-        raise Unavailable("another snapshot is being built on this host", hint="wait for it") from None
     finally:
         os.close(fd)
 
