@@ -60,7 +60,9 @@ from timeline.store.open import open_store
 PORT = 5432
 """Every branch has a socket directory of its own, so all can have the usual port."""
 PREFETCH_BYTES = 4 << 20
-"""With less WAL to replay the prefetcher's own start would take longer than it saves."""
+NEAR_PREFETCH_BYTES = 32 << 20
+"""With less WAL to replay the prefetcher's own start would take longer than it saves; a store on this host answers
+at once, so there it saves only where replay reads many blocks of each group."""
 _READY_SECONDS = 300.0
 _REPLAY_BYTES_PER_SECOND = 2_000_000
 """Slower replay than this, with a store far away, is taken for a hang."""
@@ -276,7 +278,10 @@ class BranchMaker:
         starting = launch(instance, options=options)
         self._note(starting.postmaster)
         prefetcher = None
-        if self.branch.mode == LAZY and wants_prefetch(self.request.store.url, plan.replayed_bytes):
+        near = self.request.store.url.startswith("file:")
+        if self.branch.mode == LAZY and plan.replayed_bytes > (
+            NEAR_PREFETCH_BYTES if near else PREFETCH_BYTES
+        ):
             prefetcher = Prefetcher.start(plan, self._directory, self.data)
         syncing = asyncio.ensure_future(to_the_end(self._sync))
         try:
@@ -424,11 +429,6 @@ def check_room(directory: Path, size_bytes: int) -> None:
 def ready_seconds(replayed_bytes: int) -> float:
     """How long a start with so much WAL to replay may take."""
     return _READY_SECONDS + replayed_bytes / _REPLAY_BYTES_PER_SECOND
-
-
-def wants_prefetch(url: str, replayed_bytes: int) -> bool:
-    """Whether fetching ahead of replay pays: a store on this host answers faster than we can ask."""
-    return url.startswith("s3:") and replayed_bytes > PREFETCH_BYTES
 
 
 def live_directory(data: Path, host: Host, branch: LocalBranch) -> PlainDirectory:

@@ -26,7 +26,7 @@ from timeline.errors import DamagedStore, TimelineError, Unavailable
 from timeline.format import keys
 from timeline.format.digest import digest_of
 from timeline.format.extent import ExtentRef, decode_extent
-from timeline.store.base import Store
+from timeline.store.base import NearStore, Store
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -91,6 +91,7 @@ class Fetcher:
         patience_seconds: float = 90.0,
     ) -> None:
         self._store = store
+        self._near = store if isinstance(store, NearStore) else None
         self._cache = cache
         self._clock = clock
         self._pool = pool
@@ -128,6 +129,35 @@ class Fetcher:
             return None
         self.counters.disk_hits += part is not None
         return part
+
+    def read_near(self, refs: Sequence[ExtentRef]) -> list[bytes] | None:
+        """The extents, if the store is on this host and has them in memory; ``None``: they must be fetched.
+
+        A damaged or missing one is left to ``fetch``, which tries again and tells.
+        """
+        store = self._near
+        if store is None:
+            return None
+        found: dict[bytes, bytes] = {}
+        unique = {ref.digest: ref for ref in refs}
+        runs = coalesce(list(unique.values()), max_gap_bytes=MAX_GAP_BYTES, max_run_bytes=MAX_RUN_BYTES)
+        try:
+            for run in runs:
+                key, start, length = _range_of(run)
+                data = store.get_now(key, start, length)
+                if data is None:
+                    return None
+                self.counters.requests += 1
+                self.counters.fetched_bytes += length
+                view = memoryview(data)
+                for ref in run:
+                    found[ref.digest] = decode_extent(_frame(view, start, ref), ref, key)
+        except TimelineError:
+            return None
+        self.counters.extents += len(found)
+        for digest, raw in found.items():
+            self._remember(digest, raw)
+        return [found[ref.digest] for ref in refs]
 
     async def fetch(self, ref: ExtentRef) -> bytes:
         """The extent; raises Unavailable, DamagedStore, NotFound."""
@@ -167,7 +197,7 @@ class Fetcher:
         unique = {ref.digest: ref for ref in refs}
         missing = [r for d, r in unique.items() if d not in self._flights and not self._cache.has(d)]
         flights = [self._register(ref, background=True) for ref in missing]
-        runs = coalesce(flights, max_gap_bytes=max_gap_bytes, max_run_bytes=max_run_bytes)
+        runs = _runs(flights, max_gap_bytes=max_gap_bytes, max_run_bytes=max_run_bytes)
         errors: list[BaseException | None] = []
         for flight in flights:
             # The bytes go where they are kept; a future that is held would keep all of them in memory.
@@ -264,7 +294,7 @@ class Fetcher:
         queue, self._queue = self._queue, []
         for background in (False, True):
             flights = [flight for flight in queue if flight.background is background]
-            for run in coalesce(flights, max_gap_bytes=MAX_GAP_BYTES, max_run_bytes=MAX_RUN_BYTES):
+            for run in _runs(flights, max_gap_bytes=MAX_GAP_BYTES, max_run_bytes=MAX_RUN_BYTES):
                 task = asyncio.get_running_loop().create_task(self._run(run))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
@@ -302,11 +332,8 @@ class Fetcher:
         return [flight for flight in run if not flight.future.done()]
 
     async def _read_run(self, run: list[_Flight]) -> None:
-        pack = run[0].ref.pack
-        start = min(flight.ref.offset for flight in run)
-        end = max(flight.ref.offset + flight.ref.stored_bytes for flight in run)
-        key = keys.pack(pack)
-        data = memoryview(await self._get(key, start, end - start))
+        key, start, length = _range_of([flight.ref for flight in run])
+        data = memoryview(await self._get(key, start, length))
 
         def decode() -> list[bytes | DamagedStore]:
             return [_decode(data, start, flight.ref, key) for flight in run]
@@ -387,26 +414,43 @@ class Fetcher:
         task.add_done_callback(self._tasks.discard)
 
 
-def coalesce(flights: Sequence[_Flight], *, max_gap_bytes: int, max_run_bytes: int) -> list[list[_Flight]]:
-    """Cut flights into runs of one pack that are read at once."""
-    runs: list[list[_Flight]] = []
+def coalesce(refs: Sequence[ExtentRef], *, max_gap_bytes: int, max_run_bytes: int) -> list[list[ExtentRef]]:
+    """Cut extents into runs of one pack that are read at once."""
+    runs: list[list[ExtentRef]] = []
     pack, start, end = "", 0, 0
-    for flight in sorted(flights, key=lambda flight: (flight.ref.pack, flight.ref.offset)):
-        ref = flight.ref
+    for ref in sorted(refs, key=lambda ref: (ref.pack, ref.offset)):
         close = ref.pack == pack and ref.offset - end <= max_gap_bytes
         if runs and close and ref.offset + ref.stored_bytes - start <= max_run_bytes:
-            runs[-1].append(flight)
+            runs[-1].append(ref)
         else:
-            runs.append([flight])
+            runs.append([ref])
             pack, start, end = ref.pack, ref.offset, ref.offset
         end = max(end, ref.offset + ref.stored_bytes)
     return runs
 
 
-def _decode(data: memoryview, start: int, ref: ExtentRef, key: str) -> bytes | DamagedStore:
+def _runs(flights: Sequence[_Flight], *, max_gap_bytes: int, max_run_bytes: int) -> list[list[_Flight]]:
+    flight_of = {flight.ref.digest: flight for flight in flights}
+    refs = [flight.ref for flight in flights]
+    runs = coalesce(refs, max_gap_bytes=max_gap_bytes, max_run_bytes=max_run_bytes)
+    return [[flight_of[ref.digest] for ref in run] for run in runs]
+
+
+def _range_of(run: Sequence[ExtentRef]) -> tuple[str, int, int]:
+    """Key, first byte and length of what holds a run's frames."""
+    start = min(ref.offset for ref in run)
+    end = max(ref.offset + ref.stored_bytes for ref in run)
+    return keys.pack(run[0].pack), start, end - start
+
+
+def _frame(data: memoryview, start: int, ref: ExtentRef) -> memoryview:
     at = ref.offset - start
+    return data[at : at + ref.stored_bytes]
+
+
+def _decode(data: memoryview, start: int, ref: ExtentRef, key: str) -> bytes | DamagedStore:
     try:
-        return decode_extent(data[at : at + ref.stored_bytes], ref, key)
+        return decode_extent(_frame(data, start, ref), ref, key)
     except DamagedStore as error:
         return error
 

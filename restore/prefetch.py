@@ -1,22 +1,25 @@
-"""Tell the mount which blocks a replay will read, before the replay gets there.
+"""Have in the kernel's page cache what a replay will read, before the replay gets there.
 
-A process of its own beside the first start: it reads the same private segment files, finds the first
-touch of every block, and asks the mount for those whose first touch is neither a full-page image nor a
-page initialisation, for only those are read; with them come the free space and visibility pages of the
-blocks, which WAL does not name, and the ends of the transaction status files. It is a help and nothing
-more: it may fail, or be late, and is stopped when the server is ready.
+A process of its own beside the first start: it reads the same private segment files, finds out which blocks
+replay will read (replay_reads) and reads them through the mount, a group of 16 at a time where replay will want
+several. So the store's latency is paid in parallel, and Postgres, which asks for 8 KiB at a time, is answered by
+the kernel rather than by the mount. It is a help and nothing more: it may fail, or be late, and is stopped when
+the server is ready.
 
-numba is imported by the child alone. Bounds: ``WINDOW_BYTES`` of WAL in memory, and what first_touches
-takes for it.
+numba is imported by the child alone. Bounds: one segment and ``WINDOW_BYTES`` of WAL in memory, ``READERS`` reads
+at once, ``OPEN_FILES`` files open; ahead of them ``BATCH_BYTES`` asked of the mount.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +31,14 @@ from timeline.format.extent import BLOCK_BYTES
 from timeline.format.value_json import from_json, to_json
 from timeline.lsn import Lsn
 
-WINDOW_BYTES = 64 << 20
+WINDOW_BYTES = 4 << 20
+"""WAL looked at together: what replay reads is asked for in the order of files within a window, of WAL between
+windows."""
+READERS = 4
+OPEN_FILES = 64
+BATCH_BYTES = 4 << 20
 _WAIT_SECONDS = 60.0
 _POLL_SECONDS = 0.01
-_DEFAULT_TABLESPACE, _GLOBAL_TABLESPACE = 1663, 1664
-_FORKS = ("", "_fsm", "_vm", "_init")
-_HEAP_BLOCKS_PER_VM_PAGE = 32_672
-_SLOTS_PER_FSM_PAGE = 4_069
 _STATUS_DIRECTORIES = ("pg_xact", "pg_multixact/offsets", "pg_multixact/members", "pg_commit_ts")
 _STATUS_BLOCKS = 32
 
@@ -101,61 +105,79 @@ def main() -> None:
 
 
 def run(task: PrefetchTask, clock: Clock) -> None:
-    """Ask the mount for everything; raises OSError, WalFormatError and Unavailable."""
-    prefetch(task.data, status_files(Path(task.data)))
-    for start, wal in _windows(task, clock):
-        prefetch(task.data, wanted_blocks(task, wal, start))
+    """Read everything; raises OSError, WalFormatError and TimelineError."""
+    from restore.replay_reads import ReplayReads
+
+    reads = ReplayReads(task.segment_bytes, task.relation_segment_bytes, task.tablespace_directory)
+    with Warmer(Path(task.data)) as warmer:
+        warmer.read(status_files(Path(task.data)))
+        for start, wal in windows(task, clock):
+            warmer.read(reads.of(wal, start))
 
 
-def wanted_blocks(task: PrefetchTask, wal: bytes, start: Lsn) -> Iterator[BlockRange]:
-    """The blocks that replay of ``wal`` reads, merged where they adjoin."""
-    from timeline.pg.wal_blocks import first_touches
+class Warmer:
+    """Reads files of the mount, so that the kernel has them."""
 
-    touches = first_touches(wal, start, task.segment_bytes)
-    read = touches[~touches["has_image_or_init"]]
-    main = touches[touches["fork"] == 0]
-    blocks = {
-        (int(row["spc"]), int(row["db"]), int(row["rel"]), int(row["fork"]), int(row["block"]))
-        for row in read
-    }
-    for row in main:
-        place = (int(row["spc"]), int(row["db"]), int(row["rel"]))
-        block = int(row["block"])
-        leaf = block // _SLOTS_PER_FSM_PAGE
-        upper = leaf // _SLOTS_PER_FSM_PAGE
-        blocks.add((*place, 2, block // _HEAP_BLOCKS_PER_VM_PAGE))
-        # src/backend/storage/freespace/freespace.c: the pages of the upper levels come before their leaves.
-        blocks.update((*place, 1, page) for page in (0, 1 + upper, leaf + 2 + upper))
-    per_file = task.relation_segment_bytes // BLOCK_BYTES
-    return _merged(sorted(blocks), per_file, task.tablespace_directory)
+    def __init__(self, data: Path) -> None:
+        self._data = data
+        self._pool = ThreadPoolExecutor(READERS)
+        self._files: OrderedDict[str, int] = OrderedDict()
+
+    def __enter__(self) -> Warmer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown()
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def read(self, wanted: Iterable[BlockRange]) -> None:
+        """All of it; what cannot be read is left to whoever needs it. Raises OSError without a mount."""
+        waiting: list[BlockRange] = []
+        for batch in _batches(wanted):
+            # The mount fetches one batch while the one before it is read.
+            prefetch(self._data, batch)
+            self._read(waiting)
+            waiting = batch
+        self._read(waiting)
+
+    def _read(self, batch: list[BlockRange]) -> None:
+        found = [(fd, one) for one in batch if (fd := self._open(one.path)) is not None]
+        list(self._pool.map(lambda pair: _read_range(*pair), found))
+        while len(self._files) > OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+
+    def _open(self, path: str) -> int | None:
+        """A descriptor; ``None`` for a file that replay has removed, or not made yet."""
+        fd = self._files.get(path)
+        if fd is None:
+            try:
+                fd = os.open(self._data / path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                return None
+            # Nothing beyond what is asked for.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        self._files[path] = fd
+        self._files.move_to_end(path)
+        return fd
 
 
-def _merged(
-    blocks: Iterable[tuple[int, int, int, int, int]], per_file: int, version: str
-) -> Iterator[BlockRange]:
-    path, first, count = "", 0, 0
-    for spc, db, rel, fork, block in blocks:
-        file = relation_path(spc, db, rel, fork, block // per_file, version)
-        inside = block % per_file
-        if file == path and inside == first + count:
-            count += 1
-            continue
-        if count:
-            yield BlockRange(path, first, count)
-        path, first, count = file, inside, 1
-    if count:
-        yield BlockRange(path, first, count)
+def _read_range(fd: int, wanted: BlockRange) -> None:
+    with contextlib.suppress(OSError):
+        os.pread(fd, wanted.blocks * BLOCK_BYTES, wanted.first_block * BLOCK_BYTES)
 
 
-def relation_path(spc: int, db: int, rel: int, fork: int, segment: int, version: str) -> str:
-    """Path of a relation's file in the data directory (src/common/relpath.c)."""
-    if spc == _GLOBAL_TABLESPACE:
-        directory = "global"
-    elif spc == _DEFAULT_TABLESPACE:
-        directory = f"base/{db}"
-    else:
-        directory = f"pg_tblspc/{spc}/{version}/{db}"
-    return f"{directory}/{rel}{_FORKS[fork]}" + (f".{segment}" if segment else "")
+def _batches(wanted: Iterable[BlockRange]) -> Iterator[list[BlockRange]]:
+    batch: list[BlockRange] = []
+    held = 0
+    for one in wanted:
+        batch.append(one)
+        held += one.blocks * BLOCK_BYTES
+        if held >= BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 def status_files(data: Path) -> Iterator[BlockRange]:
@@ -169,23 +191,18 @@ def status_files(data: Path) -> Iterator[BlockRange]:
             yield BlockRange(f"{directory}/{names[-1]}", 0, _STATUS_BLOCKS)
 
 
-def _windows(task: PrefetchTask, clock: Clock) -> Iterator[tuple[Lsn, bytes]]:
-    """The WAL from the redo point on, in runs of whole segments."""
-    held: list[bytes] = []
-    start = Lsn(task.redo)
-    size = 0
+def windows(task: PrefetchTask, clock: Clock) -> Iterator[tuple[Lsn, bytes]]:
+    """The WAL from the redo point on, cut at multiples of WINDOW_BYTES.
+
+    A record across a cut is known in neither part; its blocks are left out.
+    """
     for segment in task.segments:
-        data = _read(task, segment, clock)
-        if not held:
-            start = Lsn(max(task.redo, segment.start))
-        data = data[max(0, task.redo - segment.start) : segment.end - segment.start]
-        held.append(data)
-        size += len(data)
-        if size >= WINDOW_BYTES:
-            yield start, b"".join(held)
-            held, size = [], 0
-    if held:
-        yield start, b"".join(held)
+        data = _read(task, segment, clock)[: segment.end - segment.start]
+        at = max(task.redo - segment.start, 0)
+        while at < len(data):
+            stop = min(len(data), at - at % WINDOW_BYTES + WINDOW_BYTES)
+            yield Lsn(segment.start + at), data[at:stop]
+            at = stop
 
 
 def _read(task: PrefetchTask, segment: SegmentFile, clock: Clock) -> bytes:

@@ -27,6 +27,8 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 
@@ -37,7 +39,7 @@ from restore.branch_request import BranchRequest, StoreAddress
 from restore.cache import DiskCache
 from restore.eager import read_listing
 from restore.fetcher import Counters, Fetcher
-from restore.fold import MAX_DELTAS, fold_deltas
+from restore.fold import MAX_DELTAS, MAX_EXTENTS, fold_deltas
 from restore.host import Host, find_host
 from restore.lazy_host import lazy_obstacle
 from restore.local_branch import LAZY, LocalBranch
@@ -70,7 +72,7 @@ from timeline.lsn import Lsn
 from timeline.maintain.thin import superfluous
 from timeline.pg.control import CONTROL_FILE, parse_control
 from timeline.pg.redo_point import checkpoint_place, find_redo_point, redo_point_control
-from timeline.store.base import Store
+from timeline.store.base import NearStore, Store
 from timeline.store.open import open_store
 
 STEP_BYTES = 512 << 20
@@ -247,7 +249,8 @@ class _Builder:
         overlay = Overlay.open(directory / "overlay", durable=False, exclusive=True)
         counters = Counters()
         with ThreadPoolExecutor(_THREADS, "tl-build") as threads:
-            cache = DiskCache(self._branches.host.cache, 20 << 30, self._clock)
+            near = isinstance(self._store, NearStore)
+            cache = DiskCache(None if near else self._branches.host.cache, 20 << 30, self._clock)
             fetcher = Fetcher(self._store, cache, self._clock, threads, counters)
             try:
                 source = ExtentSource(parent, fetcher)
@@ -432,18 +435,34 @@ class _Storing:
             if not file.whole and file.shown is not None:
                 row = dataclasses.replace(row, born=file.shown.born)
             self._rows.append(row)
-            for group, first, count in changed_runs(fd, file):
+            for group, runs in groupby(changed_runs(fd, file), key=itemgetter(0)):
                 if (file.path, group) in places:
                     continue
-                at = (group * GROUP_BLOCKS + first) * BLOCK_BYTES
-                raw = await opened.read(at, count * BLOCK_BYTES)
-                await self._put(writer, Group(file.path, group, raw, UNKNOWN, None, None, first))
+                for first, count in await self._runs_to_store(
+                    file, group, [(run[1], run[2]) for run in runs]
+                ):
+                    at = (group * GROUP_BLOCKS + first) * BLOCK_BYTES
+                    raw = await opened.read(at, count * BLOCK_BYTES)
+                    await self._put(writer, Group(file.path, group, raw, UNKNOWN, None, None, first))
             for (path, group), database in places.items():
                 if path == file.path:
                     raw = await opened.read(group * _READ_BYTES, _READ_BYTES)
                     await self._put(writer, Group(path, group, raw, UNKNOWN, None, database))
         finally:
             opened.close()
+
+    async def _runs_to_store(
+        self, file: ChangedFile, group: int, runs: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """(first block, blocks) of what is stored of a group: what changed, or all of it, once it would otherwise
+        have become costly to read."""
+        if file.whole or file.shown is None:
+            return runs
+        blocks = min(GROUP_BLOCKS, -(-file.size // BLOCK_BYTES) - group * GROUP_BLOCKS)
+        path, born = file.path, file.shown.born
+        known = await self._source.with_reload(lambda: self._source.index.pieces(path, group, blocks, born))
+        extents = {piece.ref.digest for piece in known}
+        return runs if len(runs) + len(extents) <= MAX_EXTENTS else [(0, blocks)]
 
     async def _put_group(
         self,

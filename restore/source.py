@@ -186,12 +186,22 @@ class SourceFile:
         pieces = source.index.pieces_now(self._path, group, self._blocks(group), self._born)
         if pieces is None:
             return None
-        parts = []
-        for piece, at, first, last in _inside(pieces, group, start, stop):
-            part = source.fetcher.peek(piece.ref, first - at, last - at)
-            if part is None:
+        fetcher = source.fetcher
+        wanted = _inside(pieces, group, start, stop)
+        parts, missing = [], []
+        for place in wanted:
+            piece, at, first, last = place
+            part = fetcher.peek(piece.ref, first - at, last - at)
+            if part is not None:
+                parts.append((first, part))
+            else:
+                missing.append(place)
+        if missing:
+            raws = fetcher.read_near([piece.ref for piece, *_ in missing])
+            if raws is None:
                 return None
-            parts.append((first, part))
+            for (_, at, first, last), raw in zip(missing, raws, strict=True):
+                parts.append((first, raw[first - at : last - at]))
         return _joined(parts, start, stop)
 
     async def _part(self, group: int, start: int, stop: int) -> bytes:

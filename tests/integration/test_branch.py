@@ -176,7 +176,7 @@ def test_long_replays_are_fed_and_prefetched(bench: Bench, monkeypatch: pytest.M
     server.sql("insert into wide select g, repeat('x', 300) from generate_series(1, 30000) g")
     bench.archived.position()
     monkeypatch.setattr("restore.branch_make.WHOLE_BYTES", 0)
-    monkeypatch.setattr("restore.branch_make.wants_prefetch", lambda *_: True)
+    monkeypatch.setattr("restore.branch_make.NEAR_PREFETCH_BYTES", 0)
     made = bench.create(name="long")
     assert value(made, "select count(*) from wide where pad like 'x%'") == 30000
     directory = bench.state / "branches" / made.id

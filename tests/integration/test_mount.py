@@ -230,15 +230,17 @@ def test_disk_full_under_the_overlay(cluster: StoredCluster, state: Path, cache:
             subprocess.run(["umount", "-l", small], check=True)
 
 
-def test_a_second_branch_costs_no_requests_for_data(cluster: StoredCluster, state: Path, cache: Path) -> None:
+def test_a_second_branch_costs_no_requests_for_data(
+    s3_cluster: StoredCluster, state: Path, cache: Path
+) -> None:
     query = "select count(*), sum(abalance) from pgbench_accounts"
-    with lazy_branch(cluster, state, cache) as first:
+    with lazy_branch(s3_cluster, state, cache) as first:
         first.server.start()
         first.server.sql(query)
         first.server.stop()
         first.unmount()
         assert first.stats().fetched_bytes > 1_000_000
-    with lazy_branch(cluster, state, cache) as second:
+    with lazy_branch(s3_cluster, state, cache) as second:
         second.server.start()
         second.server.sql(query)
         second.server.stop()

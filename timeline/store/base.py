@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,4 +65,16 @@ class Store(Protocol):
 
     async def aclose(self) -> None:
         """Release connections. The store cannot be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class NearStore(Protocol):
+    """What a store on this host can do besides."""
+
+    def get_now(self, key: str, start: int, length: int) -> bytes | None:
+        """``length`` bytes from ``start`` if the kernel has them in memory, else ``None``; never waits.
+
+        Raises NotFound and DamagedStore as ``get`` does.
+        """
         ...
