@@ -93,13 +93,8 @@ def main() -> None:
         directory = stack.enter_context(working_directory())
         direct, proxy = stack.enter_context(distant_s3()) if "s3" in stores else ("", None)
         if options.replay:
-            places: dict[str, tuple[str, str | None, str | None]] = {
-                "file": (f"file://{directory}/replay-store", None, None)
-            }
-            if proxy is not None:
-                places["s3"] = ("s3://bench/replay", direct, proxy.endpoint_url)
-            chosen = {kind: places[kind] for kind in stores}
-            replay(report, directory, chosen, int(options.wal_gib * GIB), options.samples)
+            s3 = (direct, proxy.endpoint_url) if proxy is not None else None
+            replay(report, directory, s3, int(options.wal_gib * GIB), options.samples)
             sizes = []
         for size in sizes:
             with pgbench_source(int(size * GIB)) as source:

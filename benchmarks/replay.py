@@ -1,12 +1,15 @@
 """First query at random moments of a long history: what ``benchmarks.branch --replay`` measures.
 
 A source with checkpoints more than 1 GiB apart writes WAL since its base backup while ``tl archive`` builds
-snapshots. Then branches are made at random LSNs, and right at snapshots, each in a fresh process with an empty
-extent cache; and one full restore of the head is replayed by stock Postgres, for the ratio.
+snapshots: pgbench's own transactions on a database of several times that, so that most pages that WAL touches come
+with it, as on servers whose checkpoints are far apart. Then branches are made at random LSNs, and right at
+snapshots, each in a fresh process with an empty extent cache; and one full restore of the head is replayed by stock
+Postgres, for the ratio.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import subprocess
@@ -20,9 +23,10 @@ from tests.support.postgres import PostgresServer, running_server
 from tests.support.restored import wait_until_promoted
 from timeline.format.log import BUILT
 from timeline.lsn import Lsn
+from timeline.store.open import open_store
 
 SETTINGS = {
-    "max_wal_size": "32GB",
+    "max_wal_size": "2500MB",
     "checkpoint_timeout": "1h",
     "max_slot_wal_keep_size": "64GB",
     "shared_buffers": "512MB",
@@ -30,8 +34,8 @@ SETTINGS = {
     "autovacuum": "off",
     "full_page_writes": "on",
 }
-SCALE = 60
-"""Of pgbench: a database of 0.9 GiB."""
+SCALE = 200
+"""Of pgbench: a database of 3 GiB."""
 _PATIENCE_SECONDS = 1800.0
 
 
@@ -55,11 +59,10 @@ def write_history(server: PostgresServer, host: Host, wal_bytes: int) -> tuple[L
     archiver = host.start_archiver("--snapshot-every", "64")
     try:
         while position(server) - begin < wal_bytes:
-            pgbench(server, "-n", "-c", "4", "-j", "2", "-T", "10")
+            pgbench(server, "-n", "-c", "4", "-j", "2", "-T", "3")
             # As much as the archive's own builder keeps up with, as on a server sized for its load.
-            _wait_for_snapshot(host, Lsn(position(server) - (256 << 20)))
+            _wait_for_snapshot(host)
         end = position(server)
-        _wait_for_snapshot(host, Lsn(end - (64 << 20)))
     finally:
         archiver.terminate()
         archiver.wait(timeout=120)
@@ -68,11 +71,11 @@ def write_history(server: PostgresServer, host: Host, wal_bytes: int) -> tuple[L
     return begin, end
 
 
-def _wait_for_snapshot(host: Host, lsn: Lsn) -> None:
+def _wait_for_snapshot(host: Host) -> None:
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    while host.tl("status")["replay_bytes"] > 192 << 20:
+    while host.tl("status")["replay_bytes"] > 64 << 20:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"no snapshot beyond {lsn} in time")
+            raise RuntimeError("no snapshot in time")
         time.sleep(1)
 
 
@@ -102,12 +105,13 @@ def measure(
             host.tl("delete", name, "--yes")
 
 
-def eager_seconds(server: PostgresServer, host: Host, directory: Path) -> float:
+def eager_seconds(major: int, host: Host, directory: Path) -> float:
     """A full restore of the head, until stock Postgres has replayed it all."""
+    directory.mkdir()
     began = time.perf_counter()
     data = directory / "eager"
     host.tl("restore", str(data), timeout=3600)
-    copy = PostgresServer(server.major, directory)
+    copy = PostgresServer(major, directory)
     copy.data = data
     copy.make_directory(copy.sockets)
     copy.configure({"port": str(copy.port), "unix_socket_directories": f"'{copy.sockets}'"})
@@ -123,23 +127,46 @@ def eager_seconds(server: PostgresServer, host: Host, directory: Path) -> float:
         copy.stop("immediate")
 
 
-def replay(report: Report, directory: Path, stores: dict[str, tuple[str, str | None, str | None]],
-           wal_bytes: int, samples: int) -> None:  # fmt: skip
-    """All of it, for each store: kind → (URL, end point of the archiver, end point of the branches)."""
-    for kind, (url, direct, through) in stores.items():
-        place = directory / f"replay-{kind}"
-        with running_server(15, settings=SETTINGS) as server:
-            archiving = make_host(place, url, source=server.conninfo, endpoint_url=direct)
-            archiving.tl("init", url, "--source", server.conninfo)
-            begin, end = write_history(server, archiving, wal_bytes)
-            print(f"{kind}: {(end - begin) >> 20} MiB of WAL", file=sys.stderr, flush=True)
-            branching = make_host(place, url, endpoint_url=through)
-            known = archiving.tl("status")["snapshots"]
-            snapshots = [each["lsn"] for each in known if each["kind"] == BUILT]
-            measure(report, branching, server.bin, kind, begin, end, snapshots, samples)
-            if kind == "file":
-                eager = eager_seconds(server, branching, place / "full")
-                report.add("eager_seconds/file", eager, "s", "lower")
-                lazy = report.median("first_query_seconds/file/random_lsn")
-                report.add("ratio_eager_to_lazy/file", eager / lazy, "ratio", "higher")
-            archiving.tl("detach", "--source", server.conninfo, "--yes")
+def copy_store(file_url: str, s3_url: str, endpoint_url: str) -> None:
+    """Every object of a directory store into a bucket: no store names its own place."""
+
+    async def copy() -> None:
+        here, there = await open_store(file_url), await open_store(s3_url, endpoint_url=endpoint_url)
+        try:
+            for listed in await here.list(""):
+                await there.create(listed.key, await here.get(listed.key))
+        finally:
+            await here.aclose()
+            await there.aclose()
+
+    asyncio.run(copy())
+
+
+def replay(report: Report, directory: Path, s3: tuple[str, str] | None, wal_bytes: int, samples: int) -> None:
+    """All of it, for a directory and, ``s3``: (end point of the server, of the proxy before it), for a bucket."""
+    place = directory / "replay"
+    url, bucket = f"file://{directory}/replay-store", "s3://bench/replay"
+    with running_server(15, settings=SETTINGS) as server:
+        archiving = make_host(place, url, source=server.conninfo)
+        archiving.tl("init", url, "--source", server.conninfo)
+        begin, end = write_history(server, archiving, wal_bytes)
+        distances = server.value("select checkpoints_timed + checkpoints_req from pg_stat_bgwriter")
+        known = archiving.tl("status")["snapshots"]
+        snapshots = [each["lsn"] for each in known if each["kind"] == BUILT]
+        print(
+            f"{(end - begin) >> 20} MiB of WAL, {distances} checkpoints, {len(snapshots)} snapshots",
+            file=sys.stderr,
+            flush=True,
+        )
+        bin_dir = server.bin
+        archiving.tl("detach", "--source", server.conninfo, "--yes")
+    hosts = {"file": make_host(place, url)}
+    if s3 is not None:
+        copy_store(url, bucket, s3[0])
+        hosts["s3"] = make_host(directory / "replay-s3", bucket, endpoint_url=s3[1])
+    for kind, host in hosts.items():
+        measure(report, host, bin_dir, kind, begin, end, snapshots, samples)
+    eager = eager_seconds(15, hosts["file"], place / "full")
+    report.add("eager_seconds/file", eager, "s", "lower")
+    lazy = report.median("first_query_seconds/file/random_lsn")
+    report.add("ratio_eager_to_lazy/file", eager / lazy, "ratio", "higher")

@@ -75,8 +75,12 @@ from timeline.pg.redo_point import checkpoint_place, find_redo_point, redo_point
 from timeline.store.base import NearStore, Store
 from timeline.store.open import open_store
 
+SPACING_BYTES = 64 << 20
+"""WAL between two snapshots while the builder keeps up, so that a branch replays no more …"""
+BACKLOG_PART = 4
+"""… and this part of a longer backlog, since every build costs some seconds whatever it replays …"""
 STEP_BYTES = 512 << 20
-"""WAL that one build replays at most."""
+"""… but no more than this in one build."""
 _LOOKS_BYTES = (64 << 10, 1 << 20, 16 << 20)
 """How much WAL is searched for a redo point, one after the other."""
 _PACK_BYTES = 16 << 20
@@ -203,8 +207,9 @@ class _Builder:
         to its end, or right behind a fork. It would end there every time.
         """
         reach = head.snapshot.lsn
+        step = min(STEP_BYTES, max(SPACING_BYTES, (head.lsn - reach) // BACKLOG_PART))
         while reach < head.last_record:
-            reach = Lsn(min(head.last_record, reach + STEP_BYTES))
+            reach = Lsn(min(head.last_record, reach + step))
             lsn = await self._last_place(history, head, reach)
             if lsn is not None and lsn > head.snapshot.end:
                 return lsn
