@@ -50,7 +50,9 @@ def only_daemon(state: Path) -> Iterator[None]:
     """Hold the state directory; raises UsageError while another daemon does, TimelineError when it cannot be made."""
     directory = state_file(state).parent
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # As `tl branch` would make it: where root owns it, the account that runs Postgres passes through.
+        state.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
         file = (directory / "lock").open("a")
     except OSError as error:
         raise TimelineError(

@@ -38,13 +38,16 @@ class JobRunner:
         clock: Clock,
         log: Log,
         tell: Tell,
+        command: Callable[..., tuple[str, ...]] = own_command,
     ) -> None:
-        """``before``: what an earlier daemon left. ``environment`` is ours, ``children`` that of the jobs."""
+        """``before``: what an earlier daemon left. ``environment`` is ours, ``children`` that of the jobs;
+        ``command`` makes an argv of a job's arguments."""
         self._configuration = configuration
         self._environment = environment
         self._children = children
         self._clock = clock
         self._log = log
+        self._command = command
         self._tell = tell
         self._jobs = {job.key: job for job in all_jobs(configuration)}
         self._states = {key: self._planned(job, before.get(key)) for key, job in self._jobs.items()}
@@ -124,7 +127,7 @@ class JobRunner:
 
         self._say("job_started", "started", cluster=cluster, job=job.name)
         end = await run_child(
-            own_command(*job.arguments),
+            self._command(*job.arguments),
             environment=self._children,
             clock=self._clock,
             stop=self._stop,

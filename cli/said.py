@@ -18,8 +18,8 @@ def failure_message(end: Ended, timeout_seconds: float | None) -> str:
     how = _how(end.code)
     if end.timed_out and timeout_seconds is not None:
         how = f"ended after {write_duration(timeout_seconds)}, its time limit"
-    said = _document(end.out) or next((line for line in reversed(end.errors) if line.strip()), "")
-    return printable(f"{how}: {said.removeprefix('tl: ')}" if said else how)[:LONGEST_MESSAGE]
+    said = _document(end.out) or _last_words(end.errors)
+    return printable(f"{how}: {said}" if said else how)[:LONGEST_MESSAGE]
 
 
 def _how(code: int) -> str:
@@ -31,6 +31,16 @@ def _how(code: int) -> str:
         except ValueError:
             return f"killed by signal {-code}"
     return f"exit code {code}"
+
+
+def _last_words(lines: tuple[str, ...]) -> str:
+    """The error and its hint as ``tl`` prints them, else the last line."""
+    told = [line for line in lines if line.strip()]
+    if not told:
+        return ""
+    if len(told) > 1 and told[-1].startswith("hint: ") and told[-2].startswith("tl: "):
+        return f"{told[-2].removeprefix('tl: ')} ({told[-1].removeprefix('hint: ')})"
+    return told[-1].removeprefix("tl: ")
 
 
 def _document(out: tuple[str, ...]) -> str:

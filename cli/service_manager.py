@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from timeline.clock import Clock
 
 _STATUS_CHARACTERS = 500
+_PATIENCE_SECONDS = 1.0
+"""How long a full socket is waited for; what it has no room for then is lost."""
 
 
 class ServiceManager:
@@ -28,7 +30,7 @@ class ServiceManager:
         if self._address is not None:
             with contextlib.suppress(OSError):
                 self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-                self._socket.setblocking(False)
+                self._socket.settimeout(_PATIENCE_SECONDS)
 
     @property
     def feed_seconds(self) -> float | None:

@@ -87,8 +87,10 @@ class ArchiverSupervisor:
         log: Log,
         grace_seconds: float,
         tell: Callable[[EventKind, str, int | None, int], None],
+        command: Callable[..., tuple[str, ...]] = own_command,
     ) -> None:
-        """``tell`` hears of failures and recoveries: kind, message, exit code, failures in a row."""
+        """``tell`` hears of failures and recoveries: kind, message, exit code, failures in a row. ``command``
+        makes an argv of the arguments."""
         self.cluster = cluster
         self.arguments = arguments
         self.grace_seconds = grace_seconds
@@ -96,6 +98,7 @@ class ArchiverSupervisor:
         self._environment = environment
         self._clock = clock
         self._log = log
+        self._command = command
         self._tell = tell
         self._throttle = Throttle()
         self._well_since: float | None = None
@@ -138,7 +141,7 @@ class ArchiverSupervisor:
             )
             starts += 1
             end = await run_child(
-                own_command(*self.arguments),
+                self._command(*self.arguments),
                 environment=self._environment,
                 clock=self._clock,
                 stop=self._stop,

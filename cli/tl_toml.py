@@ -272,7 +272,7 @@ def _retention(**values: Any) -> RetentionPlan:
     return plan
 
 
-CLUSTER_KEYS = {name: Key(_text, name) for name in ("store", "endpoint_url", "region", "source")}
+CLUSTER_KEYS = {name: Key(_name, name) for name in ("store", "endpoint_url", "region", "source")}
 _TIMEOUT = {"timeout": Key(_positive_span, "timeout_seconds")}
 HOOK_KEYS = {"on_failure": Key(_words, "on_failure"), "on_recovery": Key(_words, "on_recovery"), **_TIMEOUT}
 SUB_TABLES: dict[str, tuple[dict[str, Key], Callable[..., Any]]] = {
