@@ -418,12 +418,14 @@ class _Archive:
             self._writer.write(archiver.status, archiver.durable, repeat=repeat)
 
     def _reader_gone(self) -> None:
-        note("tl: nobody reads the archiver's state any more: its supervisor has ended, and so does it")
+        # Nothing is said: where the supervisor is gone, stderr most likely went with it.
         self._stop.set()
 
     def _tell(self, status: ArchiverStatus) -> None:
         if self._writer is not None:
             self._writer.write(status, None, repeat=False)
+            if self._writer.gone:
+                return
         for text in status.warnings:
             if text not in self._warned and len(self._warned) < 1000:
                 self._warned.add(text)

@@ -44,7 +44,8 @@ class StatusWriter:
         self._meter = meter
         self._on_reader_gone = on_reader_gone
         self._last: ArchiverState | None = None
-        self._gone = False
+        self.gone = False
+        """Whether the reader is."""
         try:
             is_pipe = stat.S_ISFIFO(os.fstat(descriptor).st_mode)
             self._descriptor = os.dup(descriptor)
@@ -58,7 +59,7 @@ class StatusWriter:
     def write(self, status: ArchiverStatus, durable: Lsn | None, *, repeat: bool) -> None:
         """Write what is new; with ``repeat`` also what is not."""
         state = describe(status, durable, self._meter)
-        if self._gone or (state == self._last and not repeat):
+        if self.gone or (state == self._last and not repeat):
             return
         line = encode({KEY: dataclasses.replace(state, reported_at=self._clock.now())}).encode() + b"\n"
         try:
@@ -66,7 +67,7 @@ class StatusWriter:
         except BlockingIOError:
             return
         except OSError:
-            self._gone = True
+            self.gone = True
             self._on_reader_gone()
             return
         self._last = state

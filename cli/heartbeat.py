@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
 
@@ -49,6 +50,10 @@ def knock(url: str, method: str, timeout_seconds: float) -> None:
         request = urllib.request.Request(url, method=method, data=b"" if method == "POST" else None)
         with urllib.request.urlopen(request, timeout=timeout_seconds) as answer:
             answer.read(_ANSWER_BYTES)
+    except urllib.error.HTTPError as error:
+        # It is the answer, too, and holds its connection.
+        error.close()
+        raise Unavailable(f"heartbeat to {urlsplit(url).hostname}: it answered {error.code}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         # An address is often the secret itself: the message names the host only.
         raise Unavailable(f"heartbeat to {urlsplit(url).hostname}: {error}") from error

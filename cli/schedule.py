@@ -100,5 +100,5 @@ def host_zone(environ: Mapping[str, str], localtime: Path = Path("/etc/localtime
             return ZoneInfo(named)
         with localtime.open("rb") as file:
             return ZoneInfo.from_file(file, key=os.fspath(localtime))
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         return UTC

@@ -260,7 +260,7 @@ def _zone(value: object) -> str | None:
     if text:
         try:
             ZoneInfo(text)
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError):
             raise ValueError(f"no zone {text!r} is known on this host; write Europe/Berlin or UTC") from None
     return text or None
 

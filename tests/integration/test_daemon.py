@@ -154,40 +154,42 @@ def test_two_clusters_a_failing_job_and_a_killed_archiver(place: Place) -> None:
 def test_reload_and_what_the_service_manager_hears(place: Place) -> None:
     """A bad file changes nothing, a good one only what differs; READY, WATCHDOG, RELOADING, STOPPING."""
     place.write()
-    with notification_socket(place.directory / "notify") as (notify, heard):
-        with running_daemon(place.host, place.config, notify) as daemon:
-            daemon.wait_for("READY", lambda: "READY=1" in heard)
-            daemon.wait_for("WATCHDOG", lambda: heard.count("WATCHDOG=1") > 2)
-            lsn = insert(place, "two", 10)
-            daemon.wait_for("WAL", lambda: stored(daemon, "two", lsn) and daemon.archiver("one"))
-            first = {name: daemon.archiver(name) for name in place.servers}
+    with (
+        notification_socket(place.directory / "notify") as (notify, heard),
+        running_daemon(place.host, place.config, notify) as daemon,
+    ):
+        daemon.wait_for("READY", lambda: "READY=1" in heard)
+        daemon.wait_for("WATCHDOG", lambda: heard.count("WATCHDOG=1") > 2)
+        lsn = insert(place, "two", 10)
+        daemon.wait_for("WAL", lambda: stored(daemon, "two", lsn) and daemon.archiver("one"))
+        first = {name: daemon.archiver(name) for name in place.servers}
 
-            good = place.config.read_text()
-            place.config.write_text(good.replace("max_delay", "max_dealy"))
-            daemon.signal(signal.SIGHUP)
-            daemon.wait_for("complaint", lambda: "not reloaded" in daemon.said())
-            assert "did you mean 'max_delay'?" in daemon.said()
-            daemon.wait_for("READY again", lambda: heard.count("READY=1") == 2)
-            assert heard.index("RELOADING=1") < len(heard) - 1 - heard[::-1].index("READY=1")
-            # Children started meanwhile work by the last good file.
-            kept = Path(place.host.environment["TL_STATE"]) / "daemon" / "tl.toml"
-            assert kept.read_text() == good
+        good = place.config.read_text()
+        place.config.write_text(good.replace("max_delay", "max_dealy"))
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_for("complaint", lambda: "not reloaded" in daemon.said())
+        assert "did you mean 'max_delay'?" in daemon.said()
+        daemon.wait_for("READY again", lambda: heard.count("READY=1") == 2)
+        assert heard.index("RELOADING=1") < len(heard) - 1 - heard[::-1].index("READY=1")
+        # Children started meanwhile work by the last good file.
+        kept = Path(place.host.environment["TL_STATE"]) / "daemon" / "tl.toml"
+        assert kept.read_text() == good
 
-            place.config.write_text(good + '[cluster.two.snapshots]\nevery = "0"\n')
-            daemon.signal(signal.SIGHUP)
+        place.config.write_text(good + '[cluster.two.snapshots]\nevery = "0"\n')
+        daemon.signal(signal.SIGHUP)
 
-            def replaced() -> bool:
-                now, then = daemon.archiver("two"), first["two"]
-                return now is not None and now.pid is not None and then is not None and now.pid != then.pid
+        def replaced() -> bool:
+            now, then = daemon.archiver("two"), first["two"]
+            return now is not None and now.pid is not None and then is not None and now.pid != then.pid
 
-            daemon.wait_for("another archiver of two", replaced)
-            lsn = insert(place, "two", 10)
-            daemon.wait_for("WAL after the reload", lambda: stored(daemon, "two", lsn))
-            same, then = daemon.archiver("one"), first["one"]
-            assert same is not None and then is not None and same.pid == then.pid
-            assert daemon.end() == 0
-            assert "STOPPING=1" in heard
-            assert daemon.relatives() == []
+        daemon.wait_for("another archiver of two", replaced)
+        lsn = insert(place, "two", 10)
+        daemon.wait_for("WAL after the reload", lambda: stored(daemon, "two", lsn))
+        same, then = daemon.archiver("one"), first["one"]
+        assert same is not None and then is not None and same.pid == then.pid
+        assert daemon.end() == 0
+        assert "STOPPING=1" in heard
+        assert daemon.relatives() == []
 
 
 def test_a_killed_daemon_leaves_no_archiver_that_stands_in_the_way(place: Place) -> None:
