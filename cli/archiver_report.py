@@ -61,7 +61,11 @@ class StatusWriter:
         state = describe(status, durable, self._meter)
         if self.gone or (state == self._last and not repeat):
             return
-        line = encode({KEY: dataclasses.replace(state, reported_at=self._clock.now())}).encode() + b"\n"
+        spoken = dataclasses.replace(state, reported_at=self._clock.now())
+        line = _line(spoken)
+        if len(line) > _PIPE_BYTES:
+            # Escapes can make six bytes of one character.
+            line = _line(dataclasses.replace(spoken, error="see the log"))
         try:
             os.write(self._descriptor, line)
         except BlockingIOError:
@@ -75,6 +79,10 @@ class StatusWriter:
     def close(self) -> None:
         """Give the descriptor back."""
         os.close(self._descriptor)
+
+
+def _line(state: ArchiverState) -> bytes:
+    return encode({KEY: state}).encode() + b"\n"
 
 
 def describe(status: ArchiverStatus, durable: Lsn | None, meter: UploadMeter) -> ArchiverState:

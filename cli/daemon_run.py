@@ -173,6 +173,7 @@ class Daemon:
         for name, heartbeat in self._heartbeats.items():
             heartbeat.consider(self._archivers[name].state)
         for archiver in self._archivers.values():
+            archiver.look()
             if (defect := archiver.failed()) is not None:
                 raise defect
         self._write(force=False)

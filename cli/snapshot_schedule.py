@@ -24,12 +24,14 @@ IDLE_SECONDS = 300.0
 """… or after so long, if there is a sixteenth of it."""
 RETRY_SECONDS = 300.0
 LONGEST_RETRY_SECONDS = 3600.0
+BUSY_SECONDS = 30.0
+"""After a failure that may pass, such as another build on this host."""
 _POLL_SECONDS = 1.0
 _STOP_SECONDS = 60.0
 _DRAIN_SECONDS = 2.0
 _KEPT_BYTES = 8192
 _KEPT_LINES = 5
-_USAGE = 2
+_USAGE, _UNAVAILABLE = 2, 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class SnapshotSchedule:
         await based.wait()
         # Nobody here knows how old the newest snapshot is: the first child finds out, and may do nothing.
         pace = Pace(self._every_bytes, Lsn(0), 0.0, 0.0)
-        retry = RETRY_SECONDS
+        retry, told = RETRY_SECONDS, ""
         while True:
             await self._clock.sleep(_POLL_SECONDS)
             reached = durable()
@@ -81,9 +83,15 @@ class SnapshotSchedule:
             code, said = await self._build()
             pace = pace.after(reached, began, self._clock.monotonic())
             if code == 0:
-                retry = RETRY_SECONDS
+                retry, told = RETRY_SECONDS, ""
                 continue
-            self._note(f"tl: no snapshot: {said}")
+            if said != told:
+                self._note(f"tl: no snapshot: {said}")
+                told = said
+            if code == _UNAVAILABLE:
+                # Most often another cluster's build, which this host does one at a time.
+                await self._clock.sleep(BUSY_SECONDS)
+                continue
             if code == _USAGE:
                 self._note("tl: snapshots are left to another host (`tl snapshot` builds one)")
                 return

@@ -9,7 +9,10 @@ that one, and so on for ever, so this one stays down until somebody who knows as
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import os
+import signal
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 
@@ -29,6 +32,8 @@ LONGEST_PAUSE_SECONDS = 300.0
 HEALTHY_SECONDS = 60.0
 """One that has run so long, and archived, was well: the next failure is the first again."""
 USAGE_PAUSE_SECONDS = 900.0
+SILENCE_SECONDS = 300.0
+"""One that has reported nothing for so long, of a report every few seconds, is stuck."""
 WAITING_SECONDS = 300.0
 """An archiver that lives but has waited so long for source or store is reported as failing."""
 _USAGE, _FENCED = 2, 5
@@ -104,6 +109,7 @@ class ArchiverSupervisor:
         self._well_since: float | None = None
         self._failures = 0
         self._waiting_since: float | None = None
+        self._heard_at = clock.monotonic()
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -122,6 +128,19 @@ class ArchiverSupervisor:
         if self._task is not None:
             await self._task
 
+    def look(self) -> None:
+        """End an archiver that says nothing any more: it would hold the slot, and archive nothing, for ever."""
+        silent = self._clock.monotonic() - self._heard_at
+        if self.state.pid is None or silent < SILENCE_SECONDS or self._stop.is_set():
+            return
+        self._heard_at = self._clock.monotonic()
+        message = (
+            f"it has said nothing for {silent:.0f} s: it is killed, which loses nothing, and started again"
+        )
+        self._log.emit(Level.ERROR, "archiver_silent", message, cluster=self.cluster, job=ARCHIVE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.state.pid, signal.SIGKILL)
+
     def failed(self) -> BaseException | None:
         """A defect of the supervision itself, which only a restart of the daemon mends."""
         if self._task is None or not self._task.done() or self._task.cancelled():
@@ -135,7 +154,7 @@ class ArchiverSupervisor:
         starts = 0
         while not self._stop.is_set():
             self._well_since = self._waiting_since = None
-            self._wake.clear()
+            self._heard_at = self._clock.monotonic()
             self.state = dataclasses.replace(
                 NOTHING, restarts=starts, phase="connecting", error=self.state.error
             )
@@ -156,10 +175,12 @@ class ArchiverSupervisor:
             if end.stopped:
                 self._ended_as_told(end)
                 return
-            backoff, pause = await self._ended(end, backoff)
+            # A word from while it ran was not meant for what happened now.
+            self._wake.clear()
+            backoff, pause = self._ended(end, backoff)
             await self._rest(pause)
 
-    async def _ended(self, end: Ended, backoff: Backoff) -> tuple[Backoff, float | None]:
+    def _ended(self, end: Ended, backoff: Backoff) -> tuple[Backoff, float | None]:
         well = self._clock.monotonic() - self._well_since if self._well_since is not None else 0.0
         backoff, pause = backoff.after(end.code, well, self._clock.random())
         message = failure_message(end, None)
@@ -230,6 +251,7 @@ class ArchiverSupervisor:
             # Its closing words; --json is not asked for, so they are for people.
             self._passed_on(line)
             return
+        self._heard_at = self._clock.monotonic()
         if report.phase in _WELL and self._well_since is None:
             self._well_since = self._clock.monotonic()
             if self._failures:

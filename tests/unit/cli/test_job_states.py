@@ -137,7 +137,7 @@ def test_no_overlap_and_no_more_heavy_ones_than_allowed(
     heavy_busy = sum(1 for key in busy if key not in jobs or jobs[key].heavy)
     heavy_chosen = sum(one.heavy for one in chosen)
     assert heavy_chosen <= max(0, concurrency - heavy_busy)
-    overdue = [one for key, one in jobs.items() if (due := states[key].next_due) is not None and due <= NOW]
+    overdue = [one for key, one in jobs.items() if (at := states[key].next_due) is not None and at <= NOW]
     # Light ones never wait, and a heavy one waits for nothing but its turn.
     assert {one.key for one in overdue if not one.heavy} <= {one.key for one in chosen}
     assert heavy_chosen == min(sum(one.heavy for one in overdue), max(0, concurrency - heavy_busy))

@@ -8,8 +8,6 @@ import json
 import os
 from collections.abc import Callable
 
-import pytest
-
 from cli.archiver_report import KEY
 from cli.events import EventKind
 from cli.log_lines import Log
@@ -18,6 +16,7 @@ from cli.supervise import (
     HEALTHY_SECONDS,
     LONGEST_PAUSE_SECONDS,
     NOTHING,
+    SILENCE_SECONDS,
     USAGE_PAUSE_SECONDS,
     ArchiverSupervisor,
     Backoff,
@@ -48,6 +47,10 @@ class Clock(SystemClock):
 
     def __init__(self) -> None:
         self.slept: list[float] = []
+        self.ahead = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.ahead
 
     async def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
@@ -105,13 +108,35 @@ def test_one_that_dies_is_started_again_and_told_once_well() -> None:
     assert one.supervisor.state.pid is None
 
 
-@pytest.mark.parametrize("code", [5])
-def test_a_fenced_one_waits_for_a_word(code: int) -> None:
-    one = Supervised(f"import sys; sys.exit({code})")
+def test_a_silent_one_is_killed_and_started_again() -> None:
+    one = Supervised(streaming("time.sleep(600)"))
 
     async def run() -> None:
         one.supervisor.start()
+        await until(lambda: one.supervisor.state.phase == "streaming")
+        one.supervisor.look()
+        first = one.supervisor.state.pid
+        one.clock.ahead = SILENCE_SECONDS
+        one.supervisor.look()
+        await until(lambda: one.supervisor.state.restarts == 1 and one.supervisor.state.phase == "streaming")
+        assert one.supervisor.state.pid != first
+        await one.supervisor.stop()
+
+    asyncio.run(run())
+    assert one.told[0] == (EventKind.FAILURE, -9, 1)
+
+
+def test_a_fenced_one_waits_for_a_word() -> None:
+    """A word from before, when nothing was wrong, does not count."""
+    one = Supervised(streaming("time.sleep(0.5); sys.exit(5)"))
+
+    async def run() -> None:
+        one.supervisor.start()
+        await until(lambda: one.supervisor.state.phase == "streaming")
+        one.supervisor.wake()
         await until(lambda: one.told)
+        await asyncio.sleep(0.2)
+        assert one.supervisor.state.restarts == 0
         assert one.clock.slept == []
         assert "another archiver has taken over" in (one.supervisor.state.error or "")
         one.text = streaming("time.sleep(600)")
