@@ -81,8 +81,8 @@ class SnapshotSchedule:
             if reached is None or not pace.is_due(reached, began):
                 continue
             code, said = await self._build()
-            pace = pace.after(reached, began, self._clock.monotonic())
             if code == 0:
+                pace = pace.after(reached, began, self._clock.monotonic())
                 retry, told = RETRY_SECONDS, ""
                 continue
             if said != told:
