@@ -11,7 +11,7 @@ import shlex
 from dataclasses import dataclass
 
 from cli.operations import DaemonPlan, HookPlan
-from cli.quantities import write_duration, write_size
+from cli.quantities import write_duration
 from cli.schedule import Schedule
 from cli.tl_toml import Cluster
 
@@ -94,7 +94,7 @@ def jobs_of(cluster: Cluster) -> tuple[Job, ...]:
         (
             "verify-data",
             plan.verify.data,
-            ("verify", *chosen, "--data", "--budget", write_size(plan.verify.budget_bytes)),
+            ("verify", *chosen, "--data", "--budget", str(plan.verify.budget_bytes)),
             plan.verify.timeout_seconds,
         ),
         ("drill", plan.drill.schedule, ("drill", *chosen, *_drill(cluster)), plan.drill.timeout_seconds),

@@ -116,7 +116,7 @@ def test_what_runs_follows_from_it() -> None:
         ("backup", "tl backup --cluster a --json"),
         ("gc", "tl gc --cluster a --json --yes --grace 36h"),
         ("verify", "tl verify --cluster a --json"),
-        ("verify-data", "tl verify --cluster a --json --data --budget 10GiB"),
+        ("verify-data", "tl verify --cluster a --json --data --budget 10737418240"),
         ("drill", "tl drill --cluster a --json --random --rto 1m --sql 'select true' --full"),
     ]
 
