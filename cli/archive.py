@@ -19,6 +19,7 @@ from timeline.errors import TimelineError, Unavailable, UsageError
 from timeline.lsn import Lsn
 
 if TYPE_CHECKING:
+    from cli.archiver_report import StatusWriter
     from timeline.archive.basebackup import BackupOptions, BackupReport, BackupStatus
     from timeline.archive.runner import Archiver
     from timeline.archive.status import ArchiverStatus
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 SEAL_PAUSE_SECONDS = 5.0
 """How often the tail is looked at for sealing; one LIST each."""
 SEAL_RETRY_SECONDS = 60.0
+STATUS_PAUSE_SECONDS = 1.0
+"""How often the supervisor is told of progress."""
 CATCH_UP_POLL_SECONDS = 0.02
 ONCE_DELAY_SECONDS = 0.05
 ONCE_REQUESTS_PER_SECOND = 1000.0
@@ -128,6 +131,13 @@ class BackupResult:
     metavar="MIB",
     help="Build a snapshot whenever so much WAL has come; 0: never.",
 )
+@click.option(
+    "--json-status",
+    "status_descriptor",
+    type=click.IntRange(min=1),
+    metavar="DESCRIPTOR",
+    help="Write the archiver's state there, one line of JSON per change; end when its reader has gone.",
+)
 @source_option
 @store_options
 def archive_command(
@@ -144,6 +154,7 @@ def archive_command(
     fast_checkpoint: bool,
     application_name: str,
     standbys: tuple[str, ...],
+    status_descriptor: int | None,
 ) -> None:
     """Stream the source's WAL into the store until told to stop (SIGINT, SIGTERM).
 
@@ -174,6 +185,7 @@ def archive_command(
         fast_checkpoint=fast_checkpoint or once,
         backup_rate=rate_limit,
         snapshot_mib=0 if once else snapshot_every,
+        status_descriptor=status_descriptor,
     )
     result = asyncio.run(run.run())
     if settings.json:
@@ -199,6 +211,7 @@ class _Archive:
         fast_checkpoint: bool,
         backup_rate: int | None,
         snapshot_mib: float,
+        status_descriptor: int | None = None,
     ) -> None:
         from timeline.archive.status import ArchiverConfig
         from timeline.clock import SystemClock
@@ -211,6 +224,8 @@ class _Archive:
         self._fast_checkpoint = fast_checkpoint
         self._backup_rate = backup_rate
         self._snapshot_mib = snapshot_mib
+        self._status_descriptor = status_descriptor
+        self._writer: StatusWriter | None = None
         self._based = asyncio.Event()
         self._clock: Clock = SystemClock()
         self._stop = asyncio.Event()
@@ -220,6 +235,8 @@ class _Archive:
 
     async def run(self) -> ArchiveResult:
         """Until told to stop, or, with ``once``, until everything is stored."""
+        from cli.archiver_report import StatusWriter
+        from cli.upload_meter import UploadMeter
         from timeline.archive.runner import Archiver
         from timeline.store.open import open_store
 
@@ -233,6 +250,9 @@ class _Archive:
             region=self._settings.region,
             clock=self._clock,
         )
+        if self._status_descriptor is not None:
+            store = meter = UploadMeter(store, self._clock)
+            self._writer = StatusWriter(self._status_descriptor, self._clock, meter, self._reader_gone)
         try:
             archiver = Archiver(store, self._config, self._clock, on_status=self._tell)
             streaming = asyncio.create_task(archiver.run(self._stop))
@@ -240,7 +260,10 @@ class _Archive:
             sealing = asyncio.create_task(self._seal(store))
             catching_up = asyncio.create_task(self._catch_up(archiver, backing_up)) if self._once else None
             building = self._start_building(archiver)
-            helpers = [task for task in (backing_up, sealing, building, catching_up) if task is not None]
+            reporting = asyncio.create_task(self._report(archiver)) if self._writer is not None else None
+            helpers = [
+                task for task in (backing_up, sealing, building, catching_up, reporting) if task is not None
+            ]
             try:
                 # The archiver decides: it ends by a stop or by an error that cannot pass. A failed first backup
                 # or catch-up ends it, too; a failed seal never does.
@@ -259,6 +282,9 @@ class _Archive:
                 for task in helpers:
                     task.cancel()
                 await asyncio.gather(streaming, *helpers, return_exceptions=True)
+                if self._writer is not None:
+                    self._writer.write(archiver.status, archiver.durable, repeat=True)
+                    self._writer.close()
         finally:
             await store.aclose()
         status = archiver.status
@@ -377,7 +403,29 @@ class _Archive:
             await self._clock.sleep(CATCH_UP_POLL_SECONDS)
         self._stop.set()
 
+    async def _report(self, archiver: Archiver) -> None:
+        """Keep the supervisor informed, whether anything changes or not."""
+        from cli.archiver_report import REPEAT_SECONDS
+
+        if self._writer is None:
+            return
+        told = self._clock.monotonic()
+        while True:
+            await self._clock.sleep(STATUS_PAUSE_SECONDS)
+            now = self._clock.monotonic()
+            repeat = now - told >= REPEAT_SECONDS
+            told = now if repeat else told
+            self._writer.write(archiver.status, archiver.durable, repeat=repeat)
+
+    def _reader_gone(self) -> None:
+        # Nothing is said: where the supervisor is gone, stderr most likely went with it.
+        self._stop.set()
+
     def _tell(self, status: ArchiverStatus) -> None:
+        if self._writer is not None:
+            self._writer.write(status, None, repeat=False)
+            if self._writer.gone:
+                return
         for text in status.warnings:
             if text not in self._warned and len(self._warned) < 1000:
                 self._warned.add(text)

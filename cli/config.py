@@ -8,24 +8,26 @@
     endpoint_url = "https://s3.example.net"     # S3-compatible servers only
     region = "eu-central-1"
     source = "host=db1 user=tl_archiver"        # never a password: use ~/.pgpass or PGPASSFILE
+
+``cli/tl.toml.example`` names every key there is; ``cli/tl_toml.py`` reads them.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from cli.operations import Operations
+from cli.tl_toml import CLUSTER_KEYS, read_document
+from cli.tl_toml import Cluster as Cluster
 from timeline.errors import UsageError
 
-_KEYS = ("store", "endpoint_url", "region", "source")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -41,6 +43,8 @@ class Settings:
     cluster: str | None
     """Name in tl.toml, when it came from there."""
     json: bool
+    operations: Operations = field(default_factory=Operations)
+    """The cluster's sub-tables in tl.toml, or the defaults."""
 
     def need_store(self) -> str:
         """The store's URL; raises UsageError when none was named anywhere."""
@@ -59,17 +63,6 @@ class Settings:
                 hint='name it with --source "host=… user=…", TL_SOURCE, or in tl.toml',
             )
         return self.source
-
-
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """One ``[cluster.NAME]`` table of tl.toml."""
-
-    name: str
-    store: str | None
-    endpoint_url: str | None
-    region: str | None
-    source: str | None
 
 
 def config_path() -> Path | None:
@@ -93,31 +86,7 @@ def user_config_path() -> Path:
 
 def read_clusters(path: Path) -> tuple[Cluster, ...]:
     """The clusters of a tl.toml; raises UsageError naming the file and the key that is wrong."""
-    try:
-        document = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{path}: {error}") from error
-    for key in document:
-        if key != "cluster":
-            raise UsageError(f"{path}: unknown key {key!r}", hint="clusters are tables [cluster.NAME]")
-    tables = document.get("cluster", {})
-    if not isinstance(tables, dict):
-        raise UsageError(f"{path}: 'cluster' is not a table", hint="clusters are tables [cluster.NAME]")
-    clusters = []
-    for name, body in tables.items():
-        if not isinstance(body, dict):
-            raise UsageError(f"{path}: cluster.{name} is not a table")
-        for key, value in body.items():
-            if key not in _KEYS:
-                near = difflib.get_close_matches(key, _KEYS, 1)
-                raise UsageError(
-                    f"{path}: unknown key {key!r} in [cluster.{name}]",
-                    hint=f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(_KEYS)}",
-                )
-            if not isinstance(value, str):
-                raise UsageError(f"{path}: cluster.{name}.{key} must be text")
-        clusters.append(Cluster(name, **{key: body.get(key) for key in _KEYS}))
-    return tuple(clusters)
+    return read_document(path).clusters
 
 
 def save_cluster(cluster: Cluster) -> tuple[Path, bool]:
@@ -129,7 +98,7 @@ def save_cluster(cluster: Cluster) -> tuple[Path, bool]:
     lines = [f"\n[cluster.{json.dumps(cluster.name)}]\n"]
     lines += [
         f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
-        for key in _KEYS
+        for key in CLUSTER_KEYS
         if (value := getattr(cluster, key)) is not None
     ]
     with path.open("a") as file:
@@ -189,6 +158,7 @@ def resolve(
         region=settings.region or chosen.region,
         source=settings.source or chosen.source,
         cluster=chosen.name,
+        operations=chosen.operations,
     )
 
 

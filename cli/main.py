@@ -16,6 +16,7 @@ _COMMANDS = {
     "archive": ("cli.archive", "stream the source's WAL into the store until told to stop"),
     "backup": ("cli.archive", "take another base backup; report what differs"),
     "detach": ("cli.init", "remove everything of ours from the source"),
+    "daemon": ("cli.daemon", "archive, and do everything else on its schedule"),
     "status": ("cli.status", "what is recoverable, and how fresh"),
     "snapshot": ("cli.snapshot", "build a snapshot from the store's WAL, so that branches replay little"),
     "branch": ("cli.branch", "a running, writable Postgres at any recorded moment"),

@@ -92,3 +92,5 @@ class DaemonState:
     started: Micros
     written: Micros
     clusters: tuple[ClusterState, ...]
+    host_jobs: tuple[JobState, ...] = ()
+    """Those that belong to no cluster: ``expire``."""

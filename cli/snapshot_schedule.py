@@ -9,14 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from cli.config import Settings
+from cli.own_command import own_command
 from timeline.clock import Clock
 from timeline.lsn import Lsn
 
@@ -26,9 +24,14 @@ IDLE_SECONDS = 300.0
 """… or after so long, if there is a sixteenth of it."""
 RETRY_SECONDS = 300.0
 LONGEST_RETRY_SECONDS = 3600.0
+BUSY_SECONDS = 30.0
+"""After a failure that may pass, such as another build on this host."""
 _POLL_SECONDS = 1.0
 _STOP_SECONDS = 60.0
-_USAGE = 2
+_DRAIN_SECONDS = 2.0
+_KEPT_BYTES = 8192
+_KEPT_LINES = 5
+_USAGE, _UNAVAILABLE = 2, 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class SnapshotSchedule:
         await based.wait()
         # Nobody here knows how old the newest snapshot is: the first child finds out, and may do nothing.
         pace = Pace(self._every_bytes, Lsn(0), 0.0, 0.0)
-        retry = RETRY_SECONDS
+        retry, told = RETRY_SECONDS, ""
         while True:
             await self._clock.sleep(_POLL_SECONDS)
             reached = durable()
@@ -78,11 +81,17 @@ class SnapshotSchedule:
             if reached is None or not pace.is_due(reached, began):
                 continue
             code, said = await self._build()
-            pace = pace.after(reached, began, self._clock.monotonic())
             if code == 0:
-                retry = RETRY_SECONDS
+                pace = pace.after(reached, began, self._clock.monotonic())
+                retry, told = RETRY_SECONDS, ""
                 continue
-            self._note(f"tl: no snapshot: {said}")
+            if said != told:
+                self._note(f"tl: no snapshot: {said}")
+                told = said
+            if code == _UNAVAILABLE:
+                # Most often another cluster's build, which this host does one at a time.
+                await self._clock.sleep(BUSY_SECONDS)
+                continue
             if code == _USAGE:
                 self._note("tl: snapshots are left to another host (`tl snapshot` builds one)")
                 return
@@ -91,8 +100,6 @@ class SnapshotSchedule:
 
     async def _build(self) -> tuple[int, str]:
         """Exit code and error of one run."""
-        root = os.fspath(Path(__file__).parent.parent)
-        code = f"import sys; sys.path.insert(0, {root!r}); from cli.main import main; main()"
         command = ["snapshot", "--json", "--store", self._settings.need_store()]
         for option, value in (
             ("--endpoint-url", self._settings.endpoint_url),
@@ -101,22 +108,47 @@ class SnapshotSchedule:
             command += [option, value] if value is not None else []
         command += ["--at-least", str(self._every_bytes / 16 / (1 << 20))]
         child = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", code, *command),
+            *own_command(*command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
             # A Ctrl-C meant for the archiver is passed on by the archiver.
             start_new_session=True,
         )
+        if child.stdout is None or child.stderr is None:
+            raise AssertionError("both were asked for as pipes")
+        reading = asyncio.gather(last_lines(child.stdout), last_lines(child.stderr))
         try:
-            out, _ = await child.communicate()
+            await child.wait()
+            # Whoever inherited the pipes and lives on (a server that lingers) is not waited for.
+            await asyncio.wait((reading,), timeout=_DRAIN_SECONDS)
         finally:
             await _end(child)
-        try:
-            said = str(json.loads(out.splitlines()[-1]).get("error", ""))
-        except (ValueError, IndexError):
-            said = f"`tl snapshot` ended with {child.returncode}"
-        return child.returncode or 0, said
+            if not reading.done():
+                reading.cancel()
+        out, errors = reading.result() if reading.done() and not reading.cancelled() else ((), ())
+        return child.returncode or 0, said_by(child.returncode or 0, out, errors)
+
+
+async def last_lines(stream: asyncio.StreamReader) -> tuple[str, ...]:
+    """The last ``_KEPT_LINES`` lines of a stream, read to its end; no more than ``_KEPT_BYTES`` are held."""
+    kept = b""
+    while piece := await stream.read(_KEPT_BYTES):
+        kept = (kept + piece)[-_KEPT_BYTES:]
+    return tuple(kept.decode(errors="replace").splitlines()[-_KEPT_LINES:])
+
+
+def said_by(code: int, out: Sequence[str], errors: Sequence[str]) -> str:
+    """Why a build failed: its own words, which are JSON on stdout, and what else it left on stderr."""
+    try:
+        document = json.loads(out[-1])
+        said = str(document["error"]) + (f" ({document['hint']})" if document.get("hint") else "")
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError):
+        said = f"`tl snapshot` ended with {code}"
+    others = [line.strip() for line in errors if line.strip()]
+    return "; ".join(
+        [said, *(each for each in others if each.removeprefix("tl: ").removeprefix("hint: ") not in said)]
+    )
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:

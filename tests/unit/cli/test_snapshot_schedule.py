@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from cli.snapshot_schedule import IDLE_SECONDS, Pace
+import asyncio
+
+from cli.snapshot_schedule import IDLE_SECONDS, Pace, last_lines, said_by
 from timeline.lsn import Lsn
 
 MIB = 1 << 20
@@ -30,3 +32,26 @@ def test_a_build_is_followed_by_as_long_a_pause() -> None:
     assert not after.is_due(Lsn(400 * MIB), 1079.0)
     assert after.is_due(Lsn(400 * MIB), 1080.0)
     assert not after.is_due(Lsn(263 * MIB), 1080.0)
+
+
+def test_why_a_build_failed_is_said_in_full() -> None:
+    """The JSON has the error and its hint; what else stands on stderr (a traceback, Postgres's words) is said too."""
+    out = ('{"error": "no room", "hint": "delete something", "kind": "TimelineError", "exit_code": 1}',)
+    errors = ("warning: slow disk", "tl: no room", "hint: delete something")
+    assert said_by(1, out, errors) == "no room (delete something); warning: slow disk"
+    assert said_by(-9, (), ()) == "`tl snapshot` ended with -9"
+    assert (
+        said_by(1, (), ("Traceback", "ValueError: x"))
+        == "`tl snapshot` ended with 1; Traceback; ValueError: x"
+    )
+
+
+def test_only_the_last_lines_of_a_flood_are_kept() -> None:
+    async def run() -> tuple[str, ...]:
+        stream = asyncio.StreamReader()
+        stream.feed_data(b"x" * 1_000_000 + b"\n")
+        stream.feed_data(b"".join(b"line %d\n" % number for number in range(100_000)))
+        stream.feed_eof()
+        return await last_lines(stream)
+
+    assert asyncio.run(run()) == tuple(f"line {number}" for number in range(99_995, 100_000))

@@ -1,0 +1,14 @@
+"""The argv that starts this very ``tl`` again, whatever the working directory and however it was started."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def own_command(*arguments: str) -> tuple[str, ...]:
+    """``tl ARGUMENTS…`` by this interpreter and this installation."""
+    root = os.fspath(Path(__file__).parent.parent)
+    code = f"import sys; sys.path.insert(0, {root!r}); from cli.main import main; main()"
+    return (sys.executable, "-c", code, *arguments)
