@@ -29,7 +29,7 @@ from timeline.errors import TimelineError, Unavailable
 
 SOURCE_TIMEOUT_SECONDS = 10.0
 STORE_TIMEOUT_SECONDS = 120.0
-SIZE_TIMEOUT_SECONDS = 600.0
+SIZE_TIMEOUT_SECONDS = 400.0
 
 _T = TypeVar("_T")
 

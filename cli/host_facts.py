@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cli.facts import BranchFacts, CacheFacts, HostFacts
 from timeline.clock import Clock
+from timeline.errors import UsageError
 
 MOST_FILES = 20_000
 MOST_CACHED = 20_000
@@ -27,7 +28,11 @@ def gather_host(environ: Mapping[str, str], clock: Clock) -> HostFacts:
     from restore.local_branch import LAZY
     from restore.mount_spec import read_stats
 
-    host = find_host(environ)
+    try:
+        host = find_host(environ)
+    except UsageError:
+        # Nobody could run a branch here: there are none.
+        return HostFacts(branches=(), cache=None)
     registry = Branches(host, clock)
     found = []
     for branch in registry.all():

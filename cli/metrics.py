@@ -129,6 +129,8 @@ def _fill(seen: Observed) -> _Page:
     archivers = {one.cluster: one.archiver for one in daemon_clusters if one.archiver is not None}
     for cluster in daemon_clusters:
         _put_daemon(page, cluster, seen.now)
+    for job in seen.daemon.host_jobs if seen.daemon is not None else ():
+        _put_job(page, "", job)
     for kept in seen.clusters:
         _put_kept(page, kept, seen.now, archived=kept.cluster in archivers)
     every = {kept.cluster: kept for kept in seen.clusters}

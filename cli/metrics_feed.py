@@ -25,13 +25,13 @@ from cli.facts import Facts, KeptFacts
 from cli.metrics import CONTENT_TYPE, Observed, exposition, is_up, lag_seconds
 from cli.metrics_server import Address, MetricsServer, Pages, Verdict, parse_address
 from cli.observed import ClusterState, DaemonState
-from timeline.clock import Clock
-from timeline.format.value_json import from_json
+from cli.observed_json import decode
+from timeline.clock import Clock, SystemClock
 
 FACTS_SECONDS = 60.0
 SIZE_SECONDS = 3600.0
 CHILD_SECONDS = 180.0
-CHILD_SIZE_SECONDS = 900.0
+CHILD_SIZE_SECONDS = 600.0
 CHILD_BYTES = 16 << 20
 STOP_SECONDS = 5.0
 BEAT_SECONDS = 1.0
@@ -62,7 +62,7 @@ def facts_command(cluster: ClusterState, *, size: bool, store_id: str | None) ->
 
 
 class MetricsFeed:
-    """Facts on a timer, and the server that shows them. ``start`` in a running event loop; then ``stop``."""
+    """Facts on a timer, and the server that shows them. ``start`` in a running event loop; then ``aclose``."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class MetricsFeed:
         self.server.start()
         self._tasks = [asyncio.create_task(self._beat_regularly()), asyncio.create_task(self._gather())]
 
-    async def stop(self) -> None:
+    async def aclose(self) -> None:
         """Stop gathering, then listening; a child at work is ended."""
         for task in self._tasks:
             task.cancel()
@@ -147,7 +147,8 @@ class MetricsFeed:
     async def _round(self, cluster: ClusterState, kept: KeptFacts) -> KeptFacts:
         now = self._clock.monotonic()
         last = self._sized.get(cluster.cluster)
-        size = last is None or now - last >= self._paces.size
+        # The first round is to tell something soon: a size takes its time.
+        size = kept.store is not None and (last is None or now - last >= self._paces.size)
         if size:
             # Also when it fails: a store that cannot be listed is not listed again at once.
             self._sized[cluster.cluster] = now
@@ -160,9 +161,11 @@ class MetricsFeed:
             return kept.without_answer(str(error) or type(error).__name__)
 
 
-def start_metrics(address: str, state: Callable[[], DaemonState | None], clock: Clock) -> MetricsFeed:
-    """Serve a daemon's state at ``ADDR:PORT``; call ``stop`` at the end. Raises UsageError, TimelineError."""
-    feed = MetricsFeed(parse_address(address), state, clock)
+async def start_metrics(
+    address: str, facts: Callable[[], DaemonState | None], clock: Clock | None = None
+) -> MetricsFeed:
+    """Serve what a daemon knows at ``ADDR:PORT``; call ``aclose`` at the end. Raises UsageError, TimelineError."""
+    feed = MetricsFeed(parse_address(address), facts, clock or SystemClock())
     feed.start()
     return feed
 
@@ -193,7 +196,7 @@ async def _run(command: Sequence[str], limit_seconds: float) -> Facts:
         raise ValueError(f"`tl status --facts` said nothing and ended with {code}") from error
     if isinstance(told, dict) and "error" in told and "gathered_at" not in told:
         raise ValueError(str(told["error"]))
-    return from_json(Facts, told)
+    return decode(Facts, line)
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:

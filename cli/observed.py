@@ -105,3 +105,5 @@ class DaemonState:
     started: Micros
     written: Micros
     clusters: tuple[ClusterState, ...]
+    host_jobs: tuple[JobState, ...] = ()
+    """Those that belong to no cluster: ``expire``."""

@@ -12,7 +12,7 @@ import click
 
 from cli.config import Settings, source_option, store_options
 from cli.output import emit_json
-from timeline.errors import TimelineError, UsageError
+from timeline.errors import UsageError
 
 if TYPE_CHECKING:
     from cli.facts import Facts
@@ -58,15 +58,12 @@ def _print_machine(settings: Settings, *, size: bool, prometheus: bool, store_id
         kept = KeptFacts(name, found.gathered_at).with_round(found)
         click.echo(exposition(lambda: Observed(clock.now(), None, (kept,))), nl=False)
         return
-    import json
+    from cli.observed_json import encode
 
-    from timeline.format.value_json import to_json
-
-    click.echo(json.dumps(to_json(found)))
+    click.echo(encode(found))
 
 
 def _print_status(settings: Settings, *, size: bool) -> None:
-    from cli.observed_file import is_running
     from cli.status_page import print_status
     from cli.status_result import make_result
     from timeline.clock import SystemClock
@@ -77,7 +74,7 @@ def _print_status(settings: Settings, *, size: bool) -> None:
     result = make_result(
         found,
         state,
-        running=state is not None and is_running(state),
+        running=state is not None and _is_alive(state.pid),
         cluster=settings.cluster,
         now=clock.now(),
     )
@@ -99,9 +96,22 @@ async def _gather(
 
 def _daemon_state() -> tuple[DaemonState | None, str | None]:
     """The state, or why it cannot be read: what is recoverable does not depend on it."""
-    from cli.observed_file import read_daemon_state, state_path
+    from cli.observed_json import read_state, state_file
+    from restore.host import state_directory
 
+    path = state_file(state_directory(os.environ))
     try:
-        return read_daemon_state(state_path(os.environ)), None
-    except TimelineError as error:
-        return None, error.message
+        return read_state(path), None
+    except (OSError, ValueError) as error:
+        return None, f"the daemon's state cannot be read: {path}: {error}"
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of that number lives; long after, it may be another one's."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,16 +1,15 @@
 """Frozen dataclasses ↔ JSON, by their annotations, so that no field of the branch log can be forgotten.
 
 Understands what the format's values are made of: ``int``, ``str``, ``bool``, ``Lsn`` (an integer), ``X |
-None``, ``tuple[X, ...]`` (an array) and dataclasses (an object); and ``float``, which the store's own formats do
-without. Unknown members are ignored and absent ones take the field's default: additions that an old reader may
-ignore need no new feature, all others do (SPEC.md, [FEA-3]).
+None``, ``tuple[X, ...]`` (an array) and dataclasses (an object). Unknown members are ignored and absent ones
+take the field's default: additions that an old reader may ignore need no new feature, all others do (SPEC.md,
+[FEA-3]).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import types
 import typing
 from collections.abc import Callable, Hashable
@@ -29,10 +28,6 @@ def to_json(value: object) -> Json:
         return value
     if isinstance(value, int):
         return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise TypeError(f"no JSON form for {value}")
-        return value
     if isinstance(value, tuple):
         return [to_json(item) for item in value]
     if dataclasses.is_dataclass(value):
@@ -60,8 +55,6 @@ def _field_names(kind: Hashable) -> tuple[str, ...]:
 def _decoder(kind: typing.Any) -> _Decode:
     if kind is Lsn:
         return _decode_lsn
-    if kind is float:
-        return _decode_float
     if kind in (int, str, bool):
         return _plain_decoder(kind)
     origin = typing.get_origin(kind)
@@ -80,12 +73,6 @@ def _decode_lsn(value: Json, where: str) -> Lsn:
     if type(value) is not int or not 0 <= value < 1 << 64:
         raise ValueError(f"{where}: expected an LSN as an integer, found {value!r}")
     return Lsn(value)
-
-
-def _decode_float(value: Json, where: str) -> float:
-    if type(value) not in (float, int) or not math.isfinite(value):
-        raise ValueError(f"{where}: expected a number, found {value!r}")
-    return float(value)
 
 
 def _plain_decoder(kind: type) -> _Decode:

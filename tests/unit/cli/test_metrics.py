@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from cli.facts import Facts, KeptFacts
 from cli.job_figures import read_figures
 from cli.metric_families import COUNTER, FAMILIES, SUMMARY
 from cli.metrics import SILENT_SECONDS, Observed, exposition, lag_seconds
-from cli.observed import DaemonState, Figure
+from cli.observed import ArchiverState, DaemonState, Figure
 from tests.support import observed_values as known
 from tests.support.observed_values import ARCHIVER, DAEMON, FACTS, GIB, NOW, SECOND
 
@@ -178,7 +180,7 @@ def test_without_a_daemon_the_lag_is_between_source_and_store() -> None:
     assert (value(found, "tl_lag_bytes"), value(found, "tl_lag_seconds")) == (0, 0)
 
 
-def with_archiver(archiver: object) -> DaemonState:
+def with_archiver(archiver: ArchiverState) -> DaemonState:
     return replace(DAEMON, clusters=(replace(DAEMON.clusters[0], archiver=archiver),))
 
 
@@ -217,3 +219,17 @@ def test_figures_of_a_job() -> None:
     assert read_figures(printed) == (Figure("rto_seconds", 2.5), Figure("passed", 1.0))
     assert read_figures("") == read_figures("no JSON") == read_figures("[1]") == ()
     assert read_figures('{"a": NaN, "b": 1e400}') == ()
+
+
+def test_a_daemon_that_serves_metrics_stays_small() -> None:
+    """P9: the libraries that ask stores and sources belong to its children."""
+    code = "import sys, cli.metrics_feed; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "prometheus_client" in loaded
+    assert not loaded & {"pyarrow", "numpy", "psycopg", "aiobotocore", "botocore", "numba", "zstandard"}
+
+
+def test_a_job_of_the_host_belongs_to_no_cluster() -> None:
+    found = samples(Observed(NOW, replace(DAEMON, host_jobs=(known.job("expire"),)), ()))
+    assert found[("tl_job_last_exit_code", (("cluster", ""), ("job", "expire")))] == 0

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from cli.facts import Facts
-from cli.observed_file import is_running, read_daemon_state, write_daemon_state
+from cli.observed_json import decode, encode, read_state, state_file, write_state
 from cli.output import emit_json
+from cli.status import _daemon_state, _is_alive
 from cli.status_page import print_status
 from cli.status_result import StatusResult, make_result, slot_alarm
 from tests.support.observed_values import DAEMON, FACTS, NOW, SECOND, SOURCE
-from timeline.errors import TimelineError
-from timeline.format.value_json import from_json, to_json
 
 
 def result(facts: Facts = FACTS, *, cluster: str | None = "prod") -> StatusResult:
@@ -98,28 +97,34 @@ def test_a_cluster_of_another_name_or_store_is_not_ours() -> None:
 
 
 def test_facts_survive_the_way_through_a_child() -> None:
-    assert from_json(Facts, json.loads(json.dumps(to_json(FACTS)))) == FACTS
+    assert decode(Facts, encode(FACTS)) == FACTS
 
 
 def test_the_daemons_state_is_read_as_it_was_written(tmp_path: Path) -> None:
-    path = tmp_path / "daemon.json"
-    assert read_daemon_state(path) is None
-    write_daemon_state(path, DAEMON)
-    assert read_daemon_state(path) == DAEMON
-    write_daemon_state(path, replace(DAEMON, written=NOW + SECOND))
-    assert os.listdir(tmp_path) == ["daemon.json"]
+    path = tmp_path / "state.json"
+    assert read_state(path) is None
+    write_state(path, DAEMON)
+    assert read_state(path) == DAEMON
+    write_state(path, replace(DAEMON, written=NOW + SECOND))
+    assert os.listdir(tmp_path) == ["state.json"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1, "pid": "one"}', '{"format": 99}', "x"])
-def test_a_file_that_is_no_daemons_is_named(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "daemon.json"
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"pid": "one"}', "x"])
+def test_a_file_that_is_no_daemons_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    """What is recoverable does not depend on it."""
+    monkeypatch.setenv("TL_STATE", str(tmp_path))
+    path = state_file(tmp_path)
+    path.parent.mkdir()
     path.write_text(content)
-    with pytest.raises(TimelineError, match=r"daemon\.json cannot be read"):
-        read_daemon_state(path)
+    state, problem = _daemon_state()
+    assert state is None
+    assert problem is not None and str(path) in problem
 
 
 def test_a_daemon_that_has_gone_is_known_by_its_pid() -> None:
-    assert is_running(replace(DAEMON, pid=os.getpid()))
+    assert _is_alive(os.getpid())
     gone = os.posix_spawn("/bin/true", ["true"], {})
     os.waitpid(gone, 0)
-    assert not is_running(replace(DAEMON, pid=gone))
+    assert not _is_alive(gone)
