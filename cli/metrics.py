@@ -182,7 +182,7 @@ def _put_job(page: _Page, name: str, job: JobState) -> None:
     if job.job in ("verify", "verify-data") and ended:
         page.put(families.VERIFY_DAMAGED, job.last_exit_code == _DAMAGED, name, job.job)
     if job.job == "verify-data":
-        page.put(families.VERIFY_OLDEST, figures.get("oldest_unchecked_seconds"), name)
+        page.put(families.VERIFY_OLDEST, figures.get("data.oldest_age_seconds"), name)
     if job.job == "drill":
         page.put(families.DRILL_PASSED, job.last_exit_code == 0 if ended else None, name)
         page.put(families.DRILL_RTO, figures.get("rto_seconds"), name)

@@ -133,7 +133,7 @@ def job(name: str, *, exit_code: int = 0, figures: tuple[Figure, ...] = ()) -> J
 
 
 JOBS = (
-    job("verify-data", exit_code=4, figures=(Figure("oldest_unchecked_seconds", 86400.0),)),
+    job("verify-data", exit_code=4, figures=(Figure("data.oldest_age_seconds", 86400.0),)),
     job(
         "drill",
         figures=(Figure("rto_seconds", 2.5), Figure("rpo_seconds", 0.5), Figure("rpo_bytes", 1024.0)),

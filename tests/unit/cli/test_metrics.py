@@ -216,7 +216,11 @@ def test_names_of_people_cannot_break_the_page() -> None:
 
 def test_figures_of_a_job() -> None:
     printed = 'progress\n{"rto_seconds": 2.5, "passed": true, "id": "x", "nested": {"a": 1}, "none": null}\n'
-    assert read_figures(printed) == (Figure("rto_seconds", 2.5), Figure("passed", 1.0))
+    assert read_figures(printed) == (
+        Figure("rto_seconds", 2.5),
+        Figure("passed", 1.0),
+        Figure("nested.a", 1.0),
+    )
     assert read_figures("") == read_figures("no JSON") == read_figures("[1]") == ()
     assert read_figures('{"a": NaN, "b": 1e400}') == ()
 
