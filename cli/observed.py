@@ -53,6 +53,17 @@ class ArchiverState:
     upload_errors: int
     """Tries that failed."""
     error: str | None
+    behind_since: Micros | None = None
+    """Since when the source is known to have had WAL that the store has not; ``None``: it has all, or nobody
+    knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number that a job's JSON told, for example ``rto_seconds``."""
+
+    name: str
+    value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +82,8 @@ class JobState:
     last_message: str
     """What a failed run said; empty after a success."""
     next_due: Micros | None
+    figures: tuple[Figure, ...] = ()
+    """Of the last run that told any: ``cli.job_figures.read_figures`` of what it printed."""
 
 
 @dataclass(frozen=True, slots=True)

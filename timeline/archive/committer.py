@@ -86,6 +86,11 @@ class CommitterStats:
     adopted: int = 0
     wal_bytes: int = 0
     stored_bytes: int = 0
+    uploads: int = 0
+    upload_seconds: float = 0.0
+    """Sum over uploads that the store answered."""
+    upload_errors: int = 0
+    """Calls that it did not answer."""
     last_commit_time: Micros | None = None
     """Latest commit or abort in what is durable, source's clock."""
     committed_at: Micros | None = None
@@ -264,9 +269,11 @@ class Committer:
         began = self._clock.monotonic()
         pause = FIRST_PAUSE_SECONDS
         while True:
+            tried = self._clock.monotonic()
             try:
                 created = await self._store.create(key, data)
             except Unavailable:
+                self.stats.upload_errors += 1
                 if self.stats.stalled_since is None:
                     self.stats.stalled_since = began
                 if self._clock.monotonic() - began + pause > self._patience:
@@ -275,6 +282,8 @@ class Committer:
                 pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
             else:
                 self.stats.stalled_since = None
+                self.stats.uploads += 1
+                self.stats.upload_seconds += self._clock.monotonic() - tried
                 return created
 
     async def _meet(self, item: _Item, key: str) -> None:

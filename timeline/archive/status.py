@@ -102,6 +102,13 @@ class ArchiverStatus:
     wal_bytes: int = 0
     stored_bytes: int = 0
     """Of this run: chunks made, WAL in them, bytes stored for them."""
+    uploads: int = 0
+    upload_seconds: float = 0.0
+    upload_errors: int = 0
+    """Of this run: chunks that the store took, the seconds that took in all, and calls that it did not answer (after
+    the store's own retries)."""
+    behind_since: Micros | None = None
+    """Since when the source is known to have had WAL that the store has not, our clock; ``None``: it has all."""
     needs_base: bool = False
     """A gap was recorded: nothing after it can be restored before there is a new base backup."""
     error: str | None = None

@@ -228,6 +228,8 @@ class Watch:
     def _show(self) -> None:
         run, stats, progress = self._run, self._committer.stats, self._stream.progress
         before = run.status
+        if before.tli != self._tli:
+            run.lag.forget()
         far = progress.source_end - self._committer.durable > BEHIND_BYTES
         shown = replace(
             before,
@@ -245,6 +247,9 @@ class Watch:
             synchronous=progress.synchronous,
             sync_state=self._probe.sync_state if self._probe is not None else None,
             buffered_bytes=self._stream.buffered_bytes,
+            behind_since=run.lag.see(
+                run.clock.now(), source_end=progress.source_end, durable=self._committer.durable
+            ),
             error=None,
             hint=None,
             warnings=self._warnings(),
@@ -256,6 +261,9 @@ class Watch:
                 chunks=shown.chunks + stats.chunks,
                 wal_bytes=shown.wal_bytes + stats.wal_bytes,
                 stored_bytes=shown.stored_bytes + stats.stored_bytes,
+                uploads=shown.uploads + stats.uploads,
+                upload_seconds=shown.upload_seconds + stats.upload_seconds,
+                upload_errors=shown.upload_errors + stats.upload_errors,
             )
         )
 
