@@ -64,7 +64,7 @@ class ListingRules:
         parents = SortedTexts(table.column("directory").combine_chunks())
         names = table.column("name").combine_chunks()
         first = (parents[0], names[0].as_py())
-        ascending = pc.all(_inside(parents, pc.less(names[:-1], names[1:]))).as_py()
+        ascending = pc.all(_inside(parents, pc.less(names[:-1], names[1:])), min_count=0).as_py()
         if not parents.ascending or not ascending or (self._last is not None and first <= self._last):
             raise DamagedStore(self._key, offset, "expected rows sorted by directory and name")
         self._last = (parents[len(parents) - 1], names[-1].as_py())
@@ -85,7 +85,7 @@ class ListingRules:
     def _check_content(self, table: Any, offset: int) -> None:
         lengths = pc.binary_length(table.column("content"))
         equal = pc.equal(lengths.cast(pa.uint64()), table.column("size"))
-        if not pc.all(equal).as_py():
+        if not pc.all(equal, min_count=0).as_py():
             raise DamagedStore(self._key, offset, "expected inline content as long as its file")
 
 
