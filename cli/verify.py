@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.config import Settings, store_options
+from cli.footprint import keep_small
 from cli.output import duration_text, emit_json, iso, note, on_terminal, plain, say, size_text
 from timeline.errors import DamagedStore, UsageError
 
@@ -43,6 +44,8 @@ def verify_command(*, settings: Settings, data: bool, budget: str | None) -> int
     """
     if budget is not None and not data:
         raise UsageError("--budget is for --data", hint="add --data")
+    # Packs come and go by the hundred; what is freed of them goes back to the system.
+    keep_small()
     budget_bytes = None if budget is None else parse_size(budget)
     return asyncio.run(_verify(settings, data=data, budget=budget_bytes))
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from timeline.errors import DamagedStore
 from timeline.format import zstd_frame
 from timeline.format.digest import DIGEST_BYTES, digest_of, hex_digest_of
+from timeline.format.extent import GROUP_BYTES
 from timeline.format.pack import decode_pack_header
 from timeline.maintain.verify_report import Fault
 from timeline.pg.page import PAGE_BYTES, wrong_pages
@@ -35,8 +36,8 @@ and the LSN below which they are (0: not pages, or not to be judged); digest of 
 
 Rows = npt.NDArray[np.void]
 
-_BATCH_PAGES = 256
-"""Pages whose checksums are computed at once: 2 MiB."""
+_BATCH_BYTES = 2 << 20
+"""Pages whose checksums are computed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ class _Pages:
     """Pages of many frames, judged together."""
 
     def __init__(self) -> None:
-        self._data = bytearray()
+        self._data = memoryview(bytearray(_BATCH_BYTES + GROUP_BYTES))
+        self._filled = 0
         self._blocks: list[npt.NDArray[np.uint32]] = []
         self._before: list[npt.NDArray[np.uint64]] = []
         self._offsets: list[npt.NDArray[np.uint32]] = []
@@ -70,23 +72,28 @@ class _Pages:
         """By offset of the frame: blocks."""
 
     def add(self, raw: bytes, block: int, before: int, offset: int) -> None:
+        """The whole pages of an extent."""
         count = len(raw) // PAGE_BYTES
-        self._data += memoryview(raw)[: count * PAGE_BYTES]
+        end = self._filled + count * PAGE_BYTES
+        self._data[self._filled : end] = memoryview(raw)[: count * PAGE_BYTES]
+        self._filled = end
         self._blocks.append(np.arange(block, block + count, dtype=np.uint64).astype(np.uint32))
         self._before.append(np.full(count, before, np.uint64))
         self._offsets.append(np.full(count, offset, np.uint32))
         self.count += count
-        if len(self._data) >= _BATCH_PAGES * PAGE_BYTES:
+        if end >= _BATCH_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        if not self._data:
+        """Judge what was added since the last time."""
+        if not self._filled:
             return
         blocks = np.concatenate(self._blocks)
         offsets = np.concatenate(self._offsets)
-        for place in wrong_pages(bytes(self._data), blocks, np.concatenate(self._before)).tolist():
+        pages = self._data[: self._filled]
+        for place in wrong_pages(pages, blocks, np.concatenate(self._before)).tolist():
             self.bad.setdefault(int(offsets[place]), []).append(int(blocks[place]))
-        self._data = bytearray()
+        self._filled = 0
         self._blocks, self._before, self._offsets = [], [], []
 
 

@@ -150,8 +150,11 @@ async def verify(
             read = await _read(store, clock, found, path, budget, meter)
         except NotFound:
             # A chunk was sealed and collected meanwhile: what replaces it is in the next view.
-            head, found = await _view(store, branch, head, meter)
+            head, found = await _view(store, branch, await _newest(store, branch), meter)
             read = await _read(store, clock, found, path, budget, meter)
+        if read.vanished:
+            # Collected meanwhile, or lost: the next view names only what is still needed.
+            head, found = await _view(store, branch, await _newest(store, branch), meter)
     problems = [
         *found.problems,
         *await _pack_problems(store, found, read),
@@ -190,11 +193,9 @@ async def _view(store: Store, branch: str, head: LogHead, meter: _Meter) -> tupl
         else:
             suspects = [problem.key for problem in found.problems if problem.fault is Fault.MISSING]
             suspects += [keys.pack(name) for name in found.packs.missing]
-            if not suspects:
+            if not suspects and not any(tail.doubts for tail in found.tails.values()):
                 return head, found
-        newer = await read_head(store, branch)
-        if newer is None:
-            raise MissingObject(keys.log_prefix(branch))
+        newer = await _newest(store, branch)
         if found is not None and newer.number == head.number and not await _any_there(store, suspects):
             return head, found
         head = newer
@@ -204,6 +205,13 @@ async def _view(store: Store, branch: str, head: LogHead, meter: _Meter) -> tupl
             hint="try again when no collection is running",
         )
     return head, found
+
+
+async def _newest(store: Store, branch: str) -> LogHead:
+    head = await read_head(store, branch)
+    if head is None:
+        raise MissingObject(keys.log_prefix(branch))
+    return head
 
 
 async def _any_there(store: Store, suspects: Sequence[str]) -> bool:
@@ -319,12 +327,6 @@ async def _pack_problems(store: Store, found: _Structure, read: ReadData | None)
     for number in packs.named[packs.sizes[packs.named] > PACK_MAX_BYTES].tolist():
         expected = f"expected at most {PACK_MAX_BYTES} bytes, found {int(packs.sizes[number])}"
         problems.append(Problem(Fault.CONTRADICTION, packs.key(number), PACK_MAX_BYTES, expected))
-    for name in read.vanished if read else ():
-        try:
-            await store.get(keys.pack(name), 0, 1)
-        except NotFound:
-            bad[name] = 0
-            problems.append(_missing(keys.pack(name)))
     for name, faults in (read.faults if read else {}).items():
         bad[name] = frozenset(fault.offset for fault in faults)
         problems += [Problem(one.fault, keys.pack(name), one.offset, one.expected) for one in faults]

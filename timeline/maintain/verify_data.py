@@ -21,9 +21,10 @@ from timeline.catalog.tail import TailChunk, read_chunk
 from timeline.clock import Clock
 from timeline.errors import DamagedStore, NotFound
 from timeline.format.digest import DIGEST_BYTES
-from timeline.format.extent import GROUP_BLOCKS
+from timeline.format.extent import GROUP_BLOCKS, GROUP_BYTES
 from timeline.format.log import BranchState
 from timeline.format.parquet_file import PAGES, WAL
+from timeline.format.wal_frame import WAL_FRAME_MAX_BYTES
 from timeline.maintain.manifest_rules import PAGE_COLUMNS, PAGE_DICTIONARY
 from timeline.maintain.manifest_scan import scan_manifest
 from timeline.maintain.pack_check import ROW, FrameFault, PackResult, Rows, check_pack
@@ -35,7 +36,8 @@ from timeline.maintain.verify_wal import FRAME_COLUMNS
 from timeline.pg.relation_file import parse_relation_file
 from timeline.store.base import Store
 
-IN_FLIGHT_BYTES = 64 << 20
+IN_FLIGHT_BYTES = 80 << 20
+"""Two full packs, of which a client may hold copies for a moment."""
 _IN_FLIGHT = 4
 """Objects read at once."""
 ROWS_AT_ONCE = 400_000
@@ -262,8 +264,11 @@ def _common(table: Any, packs: PackSet, wanted: npt.NDArray[np.bool_]) -> tuple[
 
 def _frame_rows(table: Any, *, packs: PackSet, wanted: npt.NDArray[np.bool_]) -> Rows:
     rows, places = _common(table, packs, wanted)
-    rows["raw"] = (table.column("end").to_numpy() - table.column("start").to_numpy())[places]
-    return rows
+    lengths = (table.column("end").to_numpy() - table.column("start").to_numpy())[places]
+    # Nobody unpacks what is longer than the format allows; the manifest that says so has been reported.
+    sound = lengths <= WAL_FRAME_MAX_BYTES
+    rows["raw"] = np.where(sound, lengths, 0)
+    return rows[sound]
 
 
 def _page_rows(table: Any, *, source: PageSource, packs: PackSet, wanted: npt.NDArray[np.bool_]) -> Rows:
@@ -281,4 +286,5 @@ def _page_rows(table: Any, *, source: PageSource, packs: PackSet, wanted: npt.ND
         inside += table.column("first_block").to_numpy()[places]
         rows["block"] = np.where(relation[codes], first[codes] + inside, 0).astype(np.uint32)
         rows["before"] = np.where(relation[codes], source.judged_below, 0).astype(np.uint64)
-    return rows
+    sound: Rows = rows[rows["raw"] <= GROUP_BYTES]
+    return sound

@@ -262,6 +262,27 @@ def test_sealed_and_collected_behind_its_back() -> None:
     asyncio.run(work())
 
 
+def test_a_pack_that_vanishes_while_it_is_read() -> None:
+    """Named by a fresh log all the same: damage, said once; with what is in it."""
+
+    class Losing(MemoryStore):
+        lost = choose(OBJECTS)["WAL pack"]
+
+        async def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+            if key == self.lost:
+                await self.delete([key])
+            return await super().get(key, start, length)
+
+    async def work() -> None:
+        store = Losing()
+        for key, data in OBJECTS.items():
+            await store.create(key, data)
+        (problem,) = (await verify(store, CLOCK, data=True)).problems
+        assert (problem.key, problem.fault) == (store.lost, Fault.MISSING) and problem.holes
+
+    asyncio.run(work())
+
+
 def test_a_store_that_does_not_answer_is_not_damaged() -> None:
     class Silent(MemoryStore):
         async def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> list:  # type: ignore[type-arg]

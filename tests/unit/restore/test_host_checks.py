@@ -65,7 +65,7 @@ def test_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_state_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_checks.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     found = verdicts(check_host(environ(tmp_path), database_bytes=None))
     assert found["state-directory"] is Severity.ERROR and "overlay" not in found
 

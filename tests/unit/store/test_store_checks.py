@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from tests.fix_stores import StoreFactory
 from tests.support.moto_server import MotoServer
 from timeline.errors import Unavailable, UsageError
 from timeline.findings import Finding, Severity
-from timeline.store import directory_checks
 from timeline.store.bucket_checks import check_bucket, judge_lifecycle
 from timeline.store.directory_checks import LITTLE_BYTES, SCARCE_BYTES, check_directory
 from timeline.store.memory import MemoryStore
@@ -197,9 +197,7 @@ def test_what_may_not_be_looked_at_is_a_note(moto: MotoServer) -> None:
 @pytest.fixture
 def free_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     usage = namedtuple("usage", "total used free")
-    yield lambda free: monkeypatch.setattr(
-        directory_checks.shutil, "disk_usage", lambda _: usage(1 << 40, 0, free)
-    )
+    yield lambda free: monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, free))
 
 
 def test_a_directory_that_does_not_exist_yet(tmp_path: Path, free_bytes: Callable[[int], None]) -> None:
@@ -226,7 +224,7 @@ def test_no_permission_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Root may write everywhere, so there the kernel's answer is made up."""
     tmp_path.chmod(0o550)
     if os.geteuid() == 0:
-        monkeypatch.setattr(directory_checks.os, "access", lambda _, mode: not mode & os.W_OK)
+        monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)
     found = verdicts(check_directory(tmp_path, read_only=False))
     assert found["directory-permission"] is Severity.ERROR
     assert "directory-permission" not in verdicts(check_directory(tmp_path, read_only=True))
