@@ -22,8 +22,8 @@ from benchmarks.report import Report
 from tests.support.postgres import running_server
 
 
-def verified(host: Host, *args: str) -> tuple[float, int, dict[str, Any]]:
-    """Seconds, peak bytes of memory, and the report of ``tl verify``; raises RuntimeError unless it exits with 0."""
+def verified(host: Host, *args: str) -> tuple[float, float, int, dict[str, Any]]:
+    """Seconds, CPU seconds, peak bytes of memory, and the report of ``tl verify``; raises RuntimeError unless it exits with 0."""
     began = time.perf_counter()
     with subprocess.Popen(
         [TL, "verify", *args, "--json"], env=host.environment, stdout=subprocess.PIPE, text=True
@@ -35,7 +35,8 @@ def verified(host: Host, *args: str) -> tuple[float, int, dict[str, Any]]:
     if child.returncode != 0:
         raise RuntimeError(f"tl verify exited with {child.returncode}: {out}")
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return time.perf_counter() - began, usage.ru_maxrss * 1024, found
+    cpu = usage.ru_utime + usage.ru_stime
+    return time.perf_counter() - began, cpu, usage.ru_maxrss * 1024, found
 
 
 def main() -> None:
@@ -55,13 +56,14 @@ def main() -> None:
         pgbench(server, "-i", "-q", "-I", "dtgvp", "-s", str(scale))
         host.tl("archive", "--once")
         for _ in range(options.samples):
-            seconds, peak, _found = verified(host)
+            seconds, _, peak, _ = verified(host)
             report.add("structure_seconds", seconds, "s", "lower")
             report.add("structure_peak_memory_mb", peak / 1e6, "MB", "lower")
-            seconds, peak, found = verified(host, "--data")
+            seconds, cpu, peak, found = verified(host, "--data")
             data = found["data"]
             report.add("data_stored_mb_per_second", data["bytes"] / 1e6 / seconds, "MB/s", "higher")
             report.add("data_page_mb_per_second", data["pages"] * 8192 / 1e6 / seconds, "MB/s", "higher")
+            report.add("data_cpu_seconds_per_page_gb", cpu / (data["pages"] * 8192 / 1e9), "s/GB", "lower")
             report.add("data_peak_memory_mb", peak / 1e6, "MB", "lower")
         host.tl("detach", "--yes")
     report.print()

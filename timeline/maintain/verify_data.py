@@ -268,7 +268,8 @@ def _frame_rows(table: Any, *, packs: PackSet, wanted: npt.NDArray[np.bool_]) ->
     # Nobody unpacks what is longer than the format allows; the manifest that says so has been reported.
     sound = lengths <= WAL_FRAME_MAX_BYTES
     rows["raw"] = np.where(sound, lengths, 0)
-    return rows[sound]
+    taken: Rows = rows[sound]
+    return taken
 
 
 def _page_rows(table: Any, *, source: PageSource, packs: PackSet, wanted: npt.NDArray[np.bool_]) -> Rows:
