@@ -23,7 +23,7 @@ from tests.support.postgres import running_server
 
 
 def verified(host: Host, *args: str) -> tuple[float, float, int, dict[str, Any]]:
-    """Seconds, CPU seconds, peak bytes of memory, and the report of ``tl verify``; raises RuntimeError unless it exits with 0."""
+    """Seconds, CPU seconds, peak bytes of memory, and the report; raises RuntimeError unless it exits with 0."""
     began = time.perf_counter()
     with subprocess.Popen(
         [TL, "verify", *args, "--json"], env=host.environment, stdout=subprocess.PIPE, text=True
