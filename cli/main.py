@@ -31,6 +31,8 @@ _COMMANDS = {
     "logs": ("cli.branch", "print a branch's server log"),
     "expire": ("cli.branch", ""),
     "restore": ("cli.restore", "write a full copy into an empty directory"),
+    "verify": ("cli.verify", "check that the store is whole, and what damage endangers"),
+    "doctor": ("cli.doctor", "what on source, store and host stands in the way, and its cure"),
     "demo": ("cli.demo", "all of it in one minute"),
 }
 _HIDDEN = {"expire"}

@@ -108,6 +108,11 @@ def find_host(environ: Mapping[str, str]) -> Host:
     )
 
 
+def state_directory(environ: Mapping[str, str]) -> Path:
+    """Where this user's state lives; needs no account that could run Postgres, and creates nothing."""
+    return _directories(environ, os.geteuid())[0]
+
+
 @contextlib.contextmanager
 def told_plainly() -> Iterator[None]:
     """Turn what the operating system refuses (disk full, a dead mount) into one clear line: TimelineError."""

@@ -16,6 +16,18 @@ _DEVICE = Path("/dev/fuse")
 
 def lazy_obstacle(host: Host) -> str | None:
     """One line on what is missing (EDGE 54); ``None`` when nothing is."""
+    obstacle = fuse_obstacle()
+    if obstacle is not None:
+        return obstacle
+    try:
+        probe_file_system(host.branches)
+    except OverlayUnusable as error:
+        return error.message
+    return None
+
+
+def fuse_obstacle() -> str | None:
+    """As ``lazy_obstacle``, of mounting alone: nothing is said of the file system."""
     if sys.platform != "linux":
         return f"mounting needs Linux, this is {sys.platform}"
     if not _DEVICE.exists():
@@ -26,8 +38,4 @@ def lazy_obstacle(host: Host) -> str | None:
         return "there is no fusermount3 (package fuse3)"
     if importlib.util.find_spec("pyfuse3") is None:
         return "pyfuse3 is not installed"
-    try:
-        probe_file_system(host.branches)
-    except OverlayUnusable as error:
-        return error.message
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from blake3 import blake3
 
 DIGEST_KIND = "blake3"
@@ -16,6 +18,11 @@ def digest_of(data: bytes | bytearray | memoryview) -> bytes:
 def hex_digest_of(data: bytes | bytearray | memoryview) -> str:
     """BLAKE3 of the bytes, 64 hex digits."""
     return str(blake3(data).hexdigest())
+
+
+def hasher() -> Any:
+    """The digest of bytes that come in pieces: ``update(data)``, at last ``hexdigest()``."""
+    return blake3()
 
 
 def parse_digest(text: str) -> bytes:

@@ -187,8 +187,18 @@ class ParquetFooter:
                 self.key, self._start, f"expected {ref.rows} rows in {len(self.entries)} row groups"
             )
 
-    def read(self, number: int, data: bytes | memoryview, *, dictionary: Sequence[str] = ()) -> Any:
-        """Row group ``number`` as an Arrow table, from its verified bytes; raises DamagedStore."""
+    def read(
+        self,
+        number: int,
+        data: bytes | memoryview,
+        *,
+        dictionary: Sequence[str] = (),
+        columns: Sequence[str] | None = None,
+    ) -> Any:
+        """Row group ``number`` as an Arrow table, from its verified bytes; ``columns``: only these.
+
+        Raises DamagedStore.
+        """
         entry = self.entries[number]
         if len(data) != entry.length or hex_digest_of(data) != entry.digest:
             raise DamagedStore(
@@ -197,7 +207,9 @@ class ParquetFooter:
         source = _Fragment(self.ref.size, entry.offset, data)
         try:
             file = pq.ParquetFile(source, metadata=self._metadata, read_dictionary=list(dictionary))
-            return file.read_row_group(number, use_threads=False)
+            return file.read_row_group(
+                number, columns=None if columns is None else list(columns), use_threads=False
+            )
         except (pa.ArrowException, OSError) as error:
             raise DamagedStore(self.key, entry.offset, f"expected a row group: {error}") from error
 

@@ -48,12 +48,9 @@ def page_checksums(data: Buffer, first_block: int) -> npt.NDArray[np.uint16]:
     Blocks count through all segment files of the fork. ``data`` must be whole pages (ValueError).
     """
     words = _pages(data)
-    count = len(words)
-    folded = np.empty(count, np.uint32)
-    for begin in range(0, count, _BATCH_PAGES):
-        folded[begin : begin + _BATCH_PAGES] = _fold(words[begin : begin + _BATCH_PAGES])
-    folded ^= np.arange(first_block, first_block + count, dtype=np.uint64).astype(np.uint32)
-    return (folded % np.uint32(65535) + np.uint32(1)).astype(np.uint16)
+    return _checksums(
+        words, np.arange(first_block, first_block + len(words), dtype=np.uint64).astype(np.uint32)
+    )
 
 
 def bad_pages(data: Buffer, first_block: int, *, before: Lsn | None = None) -> npt.NDArray[np.int64]:
@@ -64,19 +61,41 @@ def bad_pages(data: Buffer, first_block: int, *, before: Lsn | None = None) -> n
     pages (ValueError).
     """
     words = _pages(data)
+    blocks = np.arange(first_block, first_block + len(words), dtype=np.uint64).astype(np.uint32)
+    limits = None if before is None else np.full(len(words), before, np.uint64)
+    return wrong_pages(data, blocks, limits).astype(np.int64) + first_block
+
+
+def wrong_pages(
+    data: Buffer, blocks: npt.NDArray[np.uint32], before: npt.NDArray[np.uint64] | None
+) -> npt.NDArray[np.int64]:
+    """As ``bad_pages`` for pages from anywhere: positions in ``data`` of those that are bad.
+
+    ``blocks``: number of each page in its fork; ``before``: for each page. ValueError as above.
+    """
+    words = _pages(data)
     stored = (words[:, 2] & np.uint32(0xFFFF)).astype(np.uint16)
     new = words[:, 3] >> np.uint32(16) == 0
-    wrong = stored != page_checksums(data, first_block)
+    wrong = stored != _checksums(words, blocks)
     wrong[new] = words[new].any(axis=1)
     if before is not None:
-        wrong &= page_lsns(data) < np.uint64(before)
-    return np.flatnonzero(wrong).astype(np.int64) + first_block
+        wrong &= page_lsns(data) < before
+    return np.flatnonzero(wrong)
 
 
 def _pages(data: Buffer) -> Words:
     if len(data) % PAGE_BYTES:
         raise ValueError(f"{len(data)} bytes are not whole pages of {PAGE_BYTES}")
     return np.frombuffer(data, "<u4").reshape(-1, PAGE_BYTES // 4)
+
+
+def _checksums(words: Words, blocks: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:
+    count = len(words)
+    folded = np.empty(count, np.uint32)
+    for begin in range(0, count, _BATCH_PAGES):
+        folded[begin : begin + _BATCH_PAGES] = _fold(words[begin : begin + _BATCH_PAGES])
+    folded ^= blocks
+    return (folded % np.uint32(65535) + np.uint32(1)).astype(np.uint16)
 
 
 def _fold(pages: Words) -> Words:
