@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class PolicyGate:
         """By access key; somebody else may do nothing."""
         self.bucket_policy: Policy = ()
         self.seen: list[Seen] = []
+        self.failures: list[Exception] = []
+        """What went wrong in the gate itself; clients see a 500, and may hide it by trying again."""
         self._upstream = upstream
         self._encryption = encryption
         self._port = 0
@@ -97,6 +100,13 @@ class PolicyGate:
             await runner.cleanup()
 
     async def _answer(self, asked: web.Request) -> web.Response:
+        try:
+            return await self._judge(asked)
+        except Exception as error:
+            self.failures.append(error)
+            raise
+
+    async def _judge(self, asked: web.Request) -> web.Response:
         headers = {name.lower(): value for name, value in asked.headers.items()}
         request = S3Request(asked.method, asked.path, dict(asked.query), headers, await asked.read())
         user = headers.get("authorization", "").partition("Credential=")[2].partition("/")[0]
@@ -140,7 +150,7 @@ class PolicyGate:
         async with self._session.request(
             request.method,
             yarl.URL(target, encoded=True),
-            data=request.body,
+            data=io.BytesIO(request.body) if request.body else None,
             headers=dict(signed.headers.items()),
             skip_auto_headers=["Content-Type"],
         ) as answer:
@@ -161,10 +171,12 @@ def _denied(request: S3Request) -> web.Response:
 
 @contextlib.contextmanager
 def running_gate(upstream: str, encryption: Encryption | None = None) -> Iterator[PolicyGate]:
-    """A gate that lets nobody pass yet, closed at the end."""
+    """A gate that lets nobody pass yet, closed at the end. Raises then what went wrong in the gate itself."""
     gate = PolicyGate(upstream, encryption)
     gate.start()
     try:
         yield gate
     finally:
         gate.stop()
+    if gate.failures:
+        raise ExceptionGroup("the gate failed", gate.failures)
