@@ -236,7 +236,6 @@ class _Archive:
     async def run(self) -> ArchiveResult:
         """Until told to stop, or, with ``once``, until everything is stored."""
         from cli.archiver_report import StatusWriter
-        from cli.upload_meter import UploadMeter
         from timeline.archive.runner import Archiver
         from timeline.store.open import open_store
 
@@ -251,8 +250,7 @@ class _Archive:
             clock=self._clock,
         )
         if self._status_descriptor is not None:
-            store = meter = UploadMeter(store, self._clock)
-            self._writer = StatusWriter(self._status_descriptor, self._clock, meter, self._reader_gone)
+            self._writer = StatusWriter(self._status_descriptor, self._clock, self._reader_gone)
         try:
             archiver = Archiver(store, self._config, self._clock, on_status=self._tell)
             streaming = asyncio.create_task(archiver.run(self._stop))
