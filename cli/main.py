@@ -30,6 +30,7 @@ _COMMANDS = {
     "logs": ("cli.branch", "print a branch's server log"),
     "expire": ("cli.branch", ""),
     "restore": ("cli.restore", "write a full copy into an empty directory"),
+    "drill": ("cli.drill", "prove that recovery works, and keep the evidence"),
     "demo": ("cli.demo", "all of it in one minute"),
 }
 _HIDDEN = {"expire"}
