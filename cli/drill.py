@@ -220,11 +220,12 @@ class _Stop:
         """Run it; raises Unavailable when a signal ended it."""
         task = self._task = asyncio.ensure_future(work)
         try:
-            return await task
+            result: T = await task
         except asyncio.CancelledError:
             raise Unavailable("the drill was stopped", hint="nothing of it was kept") from None
         finally:
             self._task = None
+        return result
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._ignoring:

@@ -8,10 +8,10 @@ there was nothing to carry it out on. Findings are bounded by MAX_FINDINGS; the 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, LiteralString
+from typing import Any, LiteralString, cast
 
 import psycopg
 
@@ -218,7 +218,8 @@ class SqlChecks:
         async def ask(connection: psycopg.AsyncConnection[Any]) -> Answer:
             rows = []
             # The extended protocol takes one statement; two rows are enough to know that it is not one.
-            async with aclosing(connection.cursor().stream(assertion.sql)) as found:
+            stream = cast(AsyncGenerator[Any, None], connection.cursor().stream(assertion.sql))
+            async with aclosing(stream) as found:
                 async for row in found:
                     rows.append(row)
                     if len(rows) == 2:

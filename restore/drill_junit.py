@@ -38,7 +38,8 @@ def junit(evidence: Evidence) -> bytes:
     for check in evidence.checks:
         _add(suite, check)
     Xml.indent(suite)
-    return b'<?xml version="1.0" encoding="UTF-8"?>\n' + Xml.tostring(suite, encoding="utf-8") + b"\n"
+    text: str = Xml.tostring(suite, encoding="unicode")
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'.encode()
 
 
 def _recovery_problem(evidence: Evidence) -> str | None:
