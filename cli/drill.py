@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
+import sys
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from types import FrameType
@@ -123,20 +125,29 @@ def drill_command(
         raise UsageError("--seed belongs to --random")
     if full_rto is not None and not full:
         raise UsageError("--full-rto belongs to --full")
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make {output}: {error.strerror}") from error
     stop = _Stop()
+    from timeline.clock import SystemClock
+
+    asked = "random" if at_random else at or "latest"
+    if asked.strip().lower() == "now":
+        asyncio.run(stop.guard(resolve_now(settings)))
+        asked = "latest"
+    clock = SystemClock()
+    began = clock.monotonic()
     from restore.agent_fork import prepare_libraries
 
     prepare_libraries()
     from importlib.metadata import version
 
     from restore.branch_request import StoreAddress
-    from restore.drill import RANDOM, DrillRequest, Objectives
+    from restore.drill import DrillRequest, Objectives
     from restore.drill_checks import read_assertion
 
-    asked = RANDOM if at_random else at or "latest"
-    if asked.strip().lower() == "now":
-        asyncio.run(stop.guard(resolve_now(settings)))
-        asked = "latest"
     request = DrillRequest(
         store=StoreAddress(settings.need_store(), settings.endpoint_url, settings.region),
         version=f"tl {version('timeline-postgres')}",
@@ -153,7 +164,7 @@ def drill_command(
         source=settings.source,
         objectives=Objectives(_micros(rto), _micros(full_rto), _micros(rpo)),
     )
-    evidence = _drill(request, stop, os.environ)
+    evidence, problems = _drill(request, stop, clock, began, os.environ)
     written = asyncio.run(stop.guard(_keep(settings, evidence, output)))
     if settings.json:
         emit_json(_document(evidence) | {"written": written})
@@ -161,41 +172,54 @@ def drill_command(
         _print(evidence, written)
     if evidence.exit_code:
         note(f"tl: the drill did not pass: {evidence.message}")
-    return evidence.exit_code
+    for problem in problems:
+        note(f"tl: not all of the drill could be cleared up: {problem.message}")
+    return evidence.exit_code or bool(problems)
 
 
-def _drill(request: DrillRequest, stop: _Stop, environ: Mapping[str, str]) -> Evidence:
-    """The drill, in a workshop that is gone when this returns, whatever happens."""
+def _drill(
+    request: DrillRequest, stop: _Stop, clock: Clock, began: float, environ: Mapping[str, str]
+) -> tuple[Evidence, list[TimelineError]]:
+    """The drill, in a workshop that is gone when this returns or raises; and what could not be cleared up."""
     from restore.agent_fork import fork_agent
     from restore.drill import run_drill
     from restore.drill_workshop import open_workshop
     from restore.host import find_host
-    from timeline.clock import SystemClock
 
-    clock = SystemClock()
     host = find_host(environ)
-    began = clock.monotonic()
+    stop.put_off()
     workshop = open_workshop(host, clock, environ)
+    problems: list[TimelineError] = []
     try:
+        stop.listen()
         if request.mode != "copy":
             fork_agent(workshop.environ, request.store.url)
-        return asyncio.run(
-            stop.guard(
-                run_drill(request, workshop, clock, began=began, report=lambda text: note(f"drill: {text}"))
-            )
+        drilling = run_drill(
+            request, workshop, clock, began=began, report=lambda text: note(f"drill: {text}")
         )
+        evidence = asyncio.run(stop.guard(drilling))
     finally:
-        stop.ignore()
-        asyncio.run(_clear(workshop, host, clock, environ))
-        stop.listen()
+        stop.put_off()
+        problems += asyncio.run(_clear(workshop, host, clock, environ))
+        if sys.exc_info()[0] is not None:
+            warn(problem.message for problem in problems)
+    stop.listen()
+    return evidence, problems
 
 
-async def _clear(workshop: Workshop, host: Host, clock: Clock, environ: Mapping[str, str]) -> None:
+async def _clear(
+    workshop: Workshop, host: Host, clock: Clock, environ: Mapping[str, str]
+) -> list[TimelineError]:
+    """Clear up after this drill, and after those that were killed; what stood in the way."""
     from restore.drill_workshop import clear, debris
 
-    await clear(workshop, clock)
-    for left in debris(host, environ):
-        await clear(left, clock)
+    problems = []
+    for place in itertools.chain([workshop], debris(host, environ)):
+        try:
+            await clear(place, clock)
+        except TimelineError as error:
+            problems.append(error)
+    return problems
 
 
 class _Stop:
@@ -203,18 +227,21 @@ class _Stop:
 
     def __init__(self) -> None:
         self._task: asyncio.Task[Any] | None = None
-        self._ignoring = False
+        self._putting_off = False
+        self._asked = False
         # Not the loop's own handlers: they go with the loop, and then a second signal would kill us.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
-    def ignore(self) -> None:
-        """From now on signals change nothing."""
-        self._ignoring = True
+    def put_off(self) -> None:
+        """From now on a signal is only remembered."""
+        self._putting_off = True
 
     def listen(self) -> None:
-        """Signals stop the work again."""
-        self._ignoring = False
+        """A signal stops the work again; raises Unavailable for one that came meanwhile."""
+        self._putting_off = False
+        if self._asked:
+            raise _stopped()
 
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
         """Run it; raises Unavailable when a signal ended it."""
@@ -222,17 +249,23 @@ class _Stop:
         try:
             result: T = await task
         except asyncio.CancelledError:
-            raise Unavailable("the drill was stopped", hint="nothing of it was kept") from None
+            raise _stopped() from None
         finally:
             self._task = None
         return result
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._ignoring:
+        if self._putting_off or self._asked:
+            self._asked = True
             return
+        self._asked = True
         if self._task is None:
-            raise Unavailable("the drill was stopped", hint="nothing of it was kept")
+            raise _stopped()
         self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+
+
+def _stopped() -> Unavailable:
+    return Unavailable("the drill was stopped", hint="nothing of it was kept")
 
 
 async def _keep(settings: Settings, evidence: Evidence, output: Path | None) -> dict[str, str | None]:

@@ -68,15 +68,20 @@ def open_workshop(host: Host, clock: Clock, environ: Mapping[str, str]) -> Works
         mode = 0o711 if host.switches_user else 0o700
         token = clock.token(4)
         place = parent / f".{token}"
-        for directory in (parent, place):
-            directory.mkdir(mode=mode, exist_ok=directory == parent)
-            directory.chmod(mode)
-        lock = _try_lock(place)
-        if lock is None:
-            raise TimelineError(f"{place} was locked by another process as it was made")
-        # Only now can another drill see it, and finds it locked.
-        place = place.rename(parent / token)
-    return _workshop(place, lock, environ)
+        try:
+            for directory in (parent, place):
+                directory.mkdir(mode=mode, exist_ok=directory == parent)
+                directory.chmod(mode)
+            lock = _try_lock(place, os.O_RDWR | os.O_CREAT)
+            if lock is None:
+                raise TimelineError(f"{place} was locked by another process as it was made")
+            # Only now can another drill see it, and finds it locked.
+            place.rename(parent / token)
+            return _workshop(parent / token, lock, environ)
+        except BaseException:
+            for left in (place, parent / token):
+                shutil.rmtree(left, ignore_errors=True)
+            raise
 
 
 def debris(host: Host, environ: Mapping[str, str]) -> Iterator[Workshop]:
@@ -85,7 +90,7 @@ def debris(host: Host, environ: Mapping[str, str]) -> Iterator[Workshop]:
     if not parent.is_dir():
         return
     for place in sorted(parent.iterdir()):
-        if not place.name.startswith(".") and (lock := _try_lock(place)) is not None:
+        if not place.name.startswith(".") and (lock := _try_lock(place, os.O_RDWR)) is not None:
             yield _workshop(place, lock, environ)
 
 
@@ -107,7 +112,7 @@ async def clear(workshop: Workshop, clock: Clock) -> None:
             if Path(mount.mountpoint).is_relative_to(workshop.directory.resolve()):
                 mount_table.unmount(mount.mountpoint, detach=True)
         with told_plainly():
-            shutil.rmtree(workshop.directory)
+            _remove(workshop.directory)
         if not workshop.host.sockets.is_relative_to(workshop.directory):
             # The common place for sockets of long paths: it goes when nobody else uses it.
             with contextlib.suppress(OSError):
@@ -138,14 +143,30 @@ def _workshop(place: Path, lock: int, environ: Mapping[str, str]) -> Workshop:
     return Workshop(place, lock, find_host(own), own)
 
 
-def _try_lock(place: Path) -> int | None:
+def _remove(place: Path) -> None:
+    """The lock goes last: whatever is left has one, and a drill that finds it can go on."""
+    for entry in place.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != "lock":
+            entry.unlink()
+    (place / "lock").unlink()
+    place.rmdir()
+
+
+def _try_lock(place: Path, flags: int) -> int | None:
+    """The lock; ``None`` when another drill has it, or the place has gone."""
     try:
-        descriptor = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(place / "lock", flags | os.O_CLOEXEC, 0o600)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(descriptor)
+        return None
+    if os.fstat(descriptor).st_nlink == 0:
+        # Its owner removed it between our opening and our locking it.
         os.close(descriptor)
         return None
     return descriptor

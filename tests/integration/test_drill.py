@@ -210,7 +210,7 @@ ASSERTIONS = {
     "null": ("select null::bool", "gave None"),
     "number": ("select 1", "gave 1"),
     "none": ("select true where false", "gave no row"),
-    "many": ("select true from generate_series(1, 1000000000)", "more than one row"),
+    "many": ("select generate_series(1, 1000000000) > 0", "more than one row"),
     "two": ("select true; select true", "multiple commands"),
     "writes": ("-- database: shop\ninsert into orders values (0) returning true", "read-only"),
     "absent": ("select true from nowhere", "nowhere"),
@@ -315,6 +315,43 @@ def test_a_flipped_extent(source: PostgresServer, store: Path, place: Path, mode
     evidence, html, junit = read_forms(store / "drills" / told["id"])
     assert evidence.damages[0].key == key and key in html
     assert any(key in str(failure.attrib["message"]) for failure in junit.findall("testcase/failure"))
+    assert left_behind(host) == []
+
+
+def test_a_flipped_chunk(store: Path, place: Path) -> None:
+    """P5: WAL that does not verify: the chunk and the WAL it holds."""
+    chunks = sorted(path for path in (store / "wal/main/1").iterdir())
+    hurt, after = chunks[-3], chunks[-2]
+    data = bytearray(hurt.read_bytes())
+    data[len(data) // 2] ^= 1
+    hurt.chmod(0o600)
+    hurt.write_bytes(data)
+    host = make_host(place / "h13", f"file://{store}")
+    code, told = drill(host)
+    assert code == 4, told
+    [damage] = told["damages"]
+    start, end = (Lsn(int(path.name, 16)) for path in (hurt, after))
+    assert damage["key"] == str(hurt.relative_to(store))
+    assert damage["holds"] == [f"WAL of tli 1 from {start} to {end}"]
+    assert left_behind(host) == []
+
+
+def test_two_drills_at_once(store: Path, place: Path) -> None:
+    """Neither takes the other's place for debris."""
+    host = make_host(place / "h14", f"file://{store}")
+    running = [
+        subprocess.Popen(
+            [TL, "drill", "--json"],
+            env=host.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=200) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert len({json.loads(out)["id"] for out, _ in said}) == 2
     assert left_behind(host) == []
 
 
@@ -470,7 +507,7 @@ def test_s3_with_credentials_that_read_and_list(original: Path, seaweed: Seaweed
     assert Path(told["written"]["directory"]).parent == Path(host.environment["TL_STATE"]) / "drills"
     assert left_behind(reader) == []
     assert json.loads(host.run("drill", "--history", "--json").stdout) == []
-    ids = []
+    ids: list[str] = []
     for at in ("--latest", "--random"):
         code, told = drill(host, at)
         assert code == 0 and told["written"] == {
