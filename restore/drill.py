@@ -195,6 +195,8 @@ class _Drill:
 
     async def _stages(self) -> None:
         request = self._request
+        # What the program itself took until here: imports, the workshop, its agent.
+        self._steps.append(Step("start", 0, int((self._clock.monotonic() - self._began) * 1e6), 0, 0, PASSED))
         if not await self._stage("resolve the target", self._resolve):
             return
         alive = await self._stage("make the branch", self._make_branch)

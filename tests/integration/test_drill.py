@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 import pytest
 
 from restore import mount_table
+from restore.drill_point import measure_point
 from tests.fix_stores import BUCKET, fresh_prefix
 from tests.support.archived_server import archived_server
 from tests.support.postgres import PostgresServer, free_port, scratch, server_user
@@ -28,6 +29,7 @@ from tests.support.seaweed import READER_ACCESS_KEY, READER_SECRET_KEY, Seaweed
 from tests.support.tl_host import TL, Host, make_host
 from timeline.catalog.history import History
 from timeline.catalog.when import Latest
+from timeline.clock import SystemClock
 from timeline.format import keys
 from timeline.format.evidence import Evidence, decode_evidence
 from timeline.format.manifest import PageRow
@@ -179,7 +181,8 @@ def test_a_drill_that_passes(source: PostgresServer, store: Path, place: Path) -
     assert outcomes["catalog", "relation files", "shop"] == "passed"
     assert outcomes["full", "same relations as the branch", None] == "passed"
     assert {o for (group, _, _), o in outcomes.items() if group in ("objective", "history")} == {"passed"}
-    assert [step.name for step in evidence.steps][-1] == "full copy"
+    names = [step.name for step in evidence.steps]
+    assert names[:3] == ["start", "resolve the target", "make the branch"] and names[-1] == "full copy"
     assert all(step.elapsed_micros > 0 for step in evidence.steps)
     assert sum(step.fetched_bytes for step in evidence.steps) > 1 << 20
     page = Page(html)
@@ -379,28 +382,59 @@ def test_a_missing_chunk(store: Path, place: Path) -> None:
     assert left_behind(host) == []
 
 
-def test_a_page_that_was_broken_on_the_source(
-    make_postgres: Callable[..., PostgresServer], place: Path
+def test_data_that_was_broken_on_the_source(
+    source: PostgresServer, make_postgres: Callable[..., PostgresServer], place: Path
 ) -> None:
-    """The store is faithful and the data is not: amcheck says which table."""
+    """The store is faithful and the data is not: the checks say what is wrong, and where. RPO by clocks."""
     server = make_postgres(15)
     server.sql(
-        "create table torn as select n from generate_series(1, 1000) n", "vacuum freeze torn", "checkpoint"
+        "create table torn as select n from generate_series(1, 1000) n",
+        "vacuum freeze torn",
+        "create table gone as select 1 n",
+        "create table hollow as select 1 n",
+        "create index emptied on hollow (n)",
+        "create index unfinished on hollow (n)",
+        "update pg_index set indisvalid = false where indexrelid = 'unfinished'::regclass",
+        "checkpoint",
     )
-    file = server.data / server.value("select pg_relation_filepath('torn')")
+    torn, gone, emptied = (
+        server.data / server.value(f"select pg_relation_filepath('{name}')")
+        for name in ("torn", "gone", "emptied")
+    )
     server.stop()
-    with file.open("r+b") as page:
-        # The first line pointer: an offset in the middle of the page header.
+    with torn.open("r+b") as page:
+        # The first line pointer: a tuple that begins in the middle of the line pointers.
         page.seek(24)
         page.write(b"\x05\x80\x38\x00")
+    gone.unlink()
+    os.truncate(emptied, 0)
     server.start()
     with archived_server(server, place / "torn"):
         pass
-    host = make_host(place / "h9", f"file://{place}/torn")
+    server.sql("create table later (n int)")
+    host = make_host(place / "h9", f"file://{place}/torn", source=server.conninfo)
     code, told = drill(host)
-    assert code == 6, told
-    assert "amcheck" in told["message"] and "torn" in told["message"]
-    assert told["damages"] == []
+    assert code == 6 and told["damages"] == [], told
+    found = {(check["name"], check["database"]): check for check in told["checks"]}
+    files = found["relation files", "postgres"]
+    assert files["outcome"] == "failed" and files["findings_total"] == 2
+    assert (
+        files["findings"][0].startswith("emptied: file ") and "is empty, as no btree" in files["findings"][0]
+    )
+    assert files["findings"][1].startswith("gone: file ") and "missing" in files["findings"][1]
+    assert "relation files in database postgres" in told["message"]
+    invalid = found["invalid indexes", "postgres"]
+    assert invalid["outcome"] == "passed" and invalid["findings"] == ["unfinished"]
+    heaps = found["heap and btree", "postgres"]
+    assert heaps["outcome"] == "failed" and any("torn" in line for line in heaps["findings"])
+    assert found["heap and btree", "template1"]["outcome"] == "passed"
+    assert told["rpo_bytes"] > 0 and told["rpo_seconds"] > 0 and "the source's clock" in told["rpo_method"]
+
+    point, warnings = asyncio.run(
+        measure_point(LocalStore(place / "torn"), source.conninfo, SystemClock(), objective_micros=None)
+    )
+    assert not point.source_reachable and point.rpo_bytes is None
+    assert any("another cluster" in warning for warning in warnings)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
