@@ -168,7 +168,9 @@ class SqlChecks:
             told = f"{total} databases, of {differing} the collation version differs on this host"
             return PASSED, told, findings or (), differing
 
-        return (await self._check("catalog", "collation versions", "postgres", collations, told_of=None),)
+        return (
+            await self._check("catalog", "collation versions", "postgres", collations, whole_server=True),
+        )
 
     async def database(self, database: Database) -> tuple[Check, ...]:
         """The catalog checks of one database."""
@@ -255,7 +257,7 @@ class SqlChecks:
         database: str,
         work: Callable[[psycopg.AsyncConnection[Any]], Awaitable[Answer]],
         *,
-        told_of: str | None = "",
+        whole_server: bool = False,
         timeout_seconds: float = CATALOG_SECONDS,
     ) -> Check:
         began = self._clock.monotonic()
@@ -265,7 +267,7 @@ class SqlChecks:
         except psycopg.Error as error:
             outcome, message, findings, total = FAILED, _text(error), (), 0
         elapsed = int((self._clock.monotonic() - began) * 1e6)
-        where = database if told_of is not None else None
+        where = None if whole_server else database
         kept = tuple(_short(finding) for finding in findings[:MAX_FINDINGS])
         return Check(group, name, where, outcome, _short(message), elapsed, kept, int(total))
 

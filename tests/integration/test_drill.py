@@ -278,6 +278,30 @@ def test_moments_and_stores_that_are_not_there(store: Path, place: Path) -> None
     assert left_behind(host) == []
 
 
+def test_a_host_without_amcheck(source: PostgresServer, store: Path, place: Path) -> None:
+    """What could not run is skipped, with the reason, and never passed."""
+    programs = source.make_directory(place / "bin")
+    for program in source.bin.iterdir():
+        if program.name != "pg_amcheck":
+            (programs / program.name).symlink_to(program)
+    host = make_host(place / "h15", f"file://{store}")
+    host = replace(host, environment=host.environment | {"TL_PG_BIN": str(programs)})
+    code, told = drill(host)
+    assert code == 0, told
+    checks = [check for check in told["checks"] if check["group"] == "amcheck"]
+    assert {check["outcome"] for check in checks} == {"skipped"} and len(checks) == 4
+    assert all(f"no pg_amcheck in {programs}" in check["message"] for check in checks)
+
+
+def test_a_store_that_does_not_answer(place: Path) -> None:
+    """7, and the evidence says that nothing is proved."""
+    host = make_host(place / "h16", f"s3://{BUCKET}/nothing", endpoint_url=f"http://127.0.0.1:{free_port()}")
+    code, told = drill(host, "--output", str(place / "silent"))
+    assert code == 7 and told["result"] == "unavailable" and told["target"] is None
+    assert (place / "silent" / told["id"] / "evidence.junit.xml").exists()
+    assert left_behind(host) == []
+
+
 def row_of(store: Path, server: PostgresServer, table: str) -> PageRow:
     """Where the store keeps the first extent of a table of shop."""
     path = server.value(f"select pg_relation_filepath('{table}')", dbname="shop")
