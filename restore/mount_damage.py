@@ -1,7 +1,8 @@
 """Damage of the store that a mount met: what it told its log, for whoever only saw an I/O error.
 
 Postgres gets EIO for a page whose extent does not verify. The mount, a process of its own, names object and
-offset in its log (``mount._answers`` logs the error's message), and here they are read back.
+offset in its log (``mount._answers`` logs the error's message, and so does a mount that cannot begin), and here
+they are read back.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ MAX_DAMAGES = 20
 _LOG_BYTES = 4 << 20
 """Of a longer log the beginning is read: the first damage is what matters."""
 _DAMAGE = re.compile(
-    r" ERROR \S+: \w+: ((?:tl\.json|(?:packs|manifests|branches|wal)/[A-Za-z0-9._/-]+)): at byte (\d+): (.+)$",
+    r" ERROR \S+: (?:\w+: )?((?:tl\.json|(?:packs|manifests|branches|wal)/[A-Za-z0-9._/-]+)): at byte (\d+): (.+)$",
     re.MULTILINE,
 )
 

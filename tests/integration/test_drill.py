@@ -32,6 +32,7 @@ from timeline.catalog.when import Latest
 from timeline.clock import SystemClock
 from timeline.format import keys
 from timeline.format.evidence import Evidence, decode_evidence
+from timeline.format.log import Snapshot
 from timeline.format.manifest import PageRow
 from timeline.format.page_manifest import read_page_rows
 from timeline.lsn import Lsn
@@ -306,15 +307,18 @@ def row_of(store: Path, server: PostgresServer, table: str) -> PageRow:
     """Where the store keeps the first extent of a table of shop."""
     path = server.value(f"select pg_relation_filepath('{table}')", dbname="shop")
 
-    async def find() -> PageRow:
-        opened = LocalStore(store)
-        target = await (await History.load(opened)).resolve(Latest())
-        for ref in reversed(target.snapshot.pages):
-            data = await opened.get(keys.manifest(ref.digest))
-            for row in read_page_rows(data, ref):
-                if row.path == path and row.group == 0:
-                    return row
-        raise AssertionError(f"{path} is not in the snapshot")
+    for ref in reversed(snapshot_of(store).pages):
+        for row in read_page_rows((store / keys.manifest(ref.digest)).read_bytes(), ref):
+            if row.path == path and row.group == 0:
+                return row
+    raise AssertionError(f"{path} is not in the snapshot")
+
+
+def snapshot_of(store: Path) -> Snapshot:
+    """What a branch of the latest moment starts from."""
+
+    async def find() -> Snapshot:
+        return (await (await History.load(LocalStore(store))).resolve(Latest())).snapshot
 
     return asyncio.run(find())
 
@@ -382,10 +386,14 @@ def test_two_drills_at_once(store: Path, place: Path) -> None:
     assert left_behind(host) == []
 
 
-def test_a_missing_pack(source: PostgresServer, store: Path, place: Path) -> None:
+@pytest.mark.parametrize("kind", ["pack", "manifest"])
+def test_a_missing_object(source: PostgresServer, store: Path, place: Path, kind: str) -> None:
+    """What the mount meets while Postgres runs, and what keeps it from beginning."""
     key = keys.pack(row_of(store, source, "things").extent.pack)
+    if kind == "manifest":
+        key = keys.manifest(snapshot_of(store).pages[0].digest)
     (store / key).unlink()
-    host = make_host(place / "h7", f"file://{store}")
+    host = make_host(place / f"h7-{kind}", f"file://{store}")
     code, told = drill(host)
     assert code == 4 and told["damages"][0]["key"] == key, told
     assert "missing" in told["damages"][0]["expectation"]

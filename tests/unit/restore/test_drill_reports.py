@@ -143,6 +143,8 @@ def test_damage_is_read_from_a_mounts_log(tmp_path: Path) -> None:
     assert met_damage(log) == ()
     line = "2026-01-01 10:00:00,000 ERROR restore.mount: read: packs/ab/{}: at byte {}: expected: this\n"
     other = "2026-01-01 10:00:00,000 WARNING restore.mount: open: packs/no/0: at byte 1: no error\n"
+    log.write_text(line.format("cd", 7).replace("read: ", ""))
+    assert [error.key for error in met_damage(log)] == ["packs/ab/cd"]
     log.write_text(other + line.format("cd", 7) * 3 + "".join(line.format("ef", n) for n in range(100)))
     found = met_damage(log)
     assert len(found) == MAX_DAMAGES
