@@ -12,6 +12,7 @@ LOG_SPAN = 10**20 - 1
 """Log keys are numbered descending, LOG_SPAN − n, so that the newest comes first in a listing."""
 
 _CHUNK = re.compile(r"wal/([a-z0-9._-]+)/([0-9]+)/([0-9a-f]{16})")
+_DRILL = re.compile(r"drills/([0-9]{16}-[0-9a-f]{8})/evidence\.(json|html|junit\.xml)")
 _LOG = re.compile(r"branches/([a-z0-9._-]+)/log/([0-9]{20})\.json")
 
 
@@ -69,3 +70,18 @@ def parse_log_entry(key: str) -> tuple[str, int] | None:
 def pin(pin_id: str) -> str:
     """Key of a host-local branch's pin."""
     return f"pins/{pin_id}"
+
+
+DRILLS = "drills/"
+"""Prefix of all evidence of drills."""
+
+
+def drill_evidence(drill_id: str, form: str) -> str:
+    """Key of a drill's evidence; ``form`` is ``json``, ``html`` or ``junit.xml``."""
+    return f"drills/{drill_id}/evidence.{form}"
+
+
+def parse_drill_evidence(key: str) -> tuple[str, str] | None:
+    """(drill id, form), or ``None`` when the key is no evidence's."""
+    match = _DRILL.fullmatch(key)
+    return (match[1], match[2]) if match else None

@@ -193,6 +193,17 @@ class PageRowGroup:
             for row in range(int(self._paths.starts[rank]), int(self._paths.starts[rank + 1])):
                 yield PageRow(path, int(self._keys[row]) & 0xFFFFFFFF, self._extent(row))
 
+    def holding(self, pack: str, offset: int | None) -> Iterator[PageRow]:
+        """The rows whose extent lies at that offset of that pack; anywhere in it when ``None``."""
+        if pack not in self._packs:
+            return
+        wanted = self._pack == self._packs.index(pack)
+        if offset is not None:
+            wanted &= self._offset == offset
+        for row in np.flatnonzero(wanted).tolist():
+            key = int(self._keys[row])
+            yield PageRow(self._paths[key >> 32], key & 0xFFFFFFFF, self._extent(row))
+
     def _span(self, path: str, first_group: int, last_group: int) -> tuple[int, int]:
         rank = self._paths.find(path)
         if rank is None:
