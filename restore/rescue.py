@@ -258,6 +258,23 @@ def apply_change(state: Json, change: Json) -> None:
             state["progress"] = None
     elif kind == "drop_snapshots":
         state["snapshots"] = [one for one in state["snapshots"] if one["id"] not in change["ids"]]
+    elif kind == "forget_wal":
+        state["sealed"] = [
+            one
+            for one in state["sealed"]
+            if not any(
+                one["tli"] == gone["tli"] and gone.get("start", 0) <= one["start"] and one["end"] <= gone["below"]
+                for gone in change["ranges"]
+            )
+        ]
+    elif kind == "merge_sealed":
+        merged = change["merged"]
+        state["sealed"] = [
+            one
+            for one in state["sealed"]
+            if one["tli"] != merged["tli"] or one["start"] < merged["start"] or one["end"] > merged["end"]
+        ]
+        state["sealed"].append(merged)
     elif kind == "record_gap":
         state["gaps"].append(change["gap"])
     elif kind not in ("record_progress", "cover"):

@@ -11,6 +11,7 @@ The change classes are pure: ``apply(state) -> state``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from timeline.clock import Micros
@@ -384,8 +385,113 @@ class DropSnapshots:
         return replace(state, snapshots=left)
 
 
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Sealed WAL of one tli that nobody needs any more: the ranges that lie wholly in [start, below)."""
+
+    tli: int
+    below: Lsn
+    start: Lsn = Lsn(0)
+    """Above 0 for what lies behind WAL that is still needed: the orphan tail of an ancestor."""
+
+    def holds(self, sealed: SealedRange) -> bool:
+        """Whether a sealed range goes with it."""
+        return sealed.tli == self.tli and self.start <= sealed.start and sealed.end <= self.below
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetWal:
+    """Sealed ranges leave the log; what they alone name is garbage. ``Tli.sealed`` stays where it is."""
+
+    ranges: tuple[Forgotten, ...]
+
+    def apply(self, state: BranchState) -> BranchState:
+        """Raises LogConflict when a tli is unknown, WAL not sealed is named, nothing is left to forget, or a
+        snapshot of the state needs what would go ([LOG-8])."""
+        for one in self.ranges:
+            tli = _known_tli(state, one.tli)
+            if one.below > tli.sealed:
+                raise LogConflict(
+                    f"tli {tli.tli} is sealed up to {tli.sealed}; no WAL up to {one.below} can go"
+                )
+        left: list[SealedRange] = []
+        gone: list[SealedRange] = []
+        for sealed in state.sealed:
+            (gone if any(one.holds(sealed) for one in self.ranges) else left).append(sealed)
+        if not gone:
+            raise LogConflict(f"branch {state.branch} has forgotten that WAL already")
+        needed = needed_wal(state)
+        for sealed in gone:
+            for span in needed:
+                if span.overlaps(sealed):
+                    raise LogConflict(
+                        f"snapshot {span.snapshot} needs the WAL of tli {sealed.tli} from {sealed.start} "
+                        f"to {sealed.end}"
+                    )
+        return replace(state, sealed=tuple(left))
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSealed:
+    """Adjoining sealed ranges of a tli become one, of the same extent, with one manifest of all their rows."""
+
+    merged: SealedRange
+
+    def apply(self, state: BranchState) -> BranchState:
+        """Raises LogConflict unless two or more ranges adjoin and make up exactly the merged one."""
+        merged = self.merged
+        _known_tli(state, merged.tli)
+        parts: list[SealedRange] = []
+        left: list[SealedRange] = []
+        for sealed in state.sealed:
+            touched = sealed.tli == merged.tli and merged.start < sealed.end and sealed.start < merged.end
+            (parts if touched else left).append(sealed)
+        ends = [merged.start, *(sealed.end for sealed in parts)]
+        if len(parts) < 2 or ends[-1] != merged.end or [sealed.start for sealed in parts] != ends[:-1]:
+            raise LogConflict(
+                f"tli {merged.tli}: no adjoining sealed ranges make up {merged.start} to {merged.end}"
+            )
+        if merge_ranges(parts, merged.manifest) != merged or merged.manifest.rows != sum(
+            part.manifest.rows for part in parts
+        ):
+            raise LogConflict(
+                f"tli {merged.tli}: the range from {merged.start} to {merged.end} is not what it is made of"
+            )
+        ranges = sorted((*left, merged), key=lambda sealed: (sealed.tli, sealed.start))
+        return replace(state, sealed=tuple(ranges))
+
+
+def merge_ranges(parts: Sequence[SealedRange], manifest: ManifestRef) -> SealedRange:
+    """What a manifest of all rows of adjoining ranges (at least one), in order, is to the log."""
+    points = [part.restore_points for part in parts]
+    return SealedRange(
+        tli=parts[0].tli,
+        start=parts[0].start,
+        end=parts[-1].end,
+        manifest=manifest,
+        min_commit_time=min(
+            (part.min_commit_time for part in parts if part.min_commit_time is not None), default=None
+        ),
+        max_commit_time=max(
+            (part.max_commit_time for part in parts if part.max_commit_time is not None), default=None
+        ),
+        commits=sum(part.commits for part in parts),
+        restore_points=None if None in points else sum(point for point in points if point is not None),
+    )
+
+
 Change = (
-    ClaimEpoch | Begin | SwitchTli | Seal | AddSnapshot | RecordProgress | Cover | RecordGap | DropSnapshots
+    ClaimEpoch
+    | Begin
+    | SwitchTli
+    | Seal
+    | AddSnapshot
+    | RecordProgress
+    | Cover
+    | RecordGap
+    | DropSnapshots
+    | ForgetWal
+    | MergeSealed
 )
 
 
@@ -499,6 +605,8 @@ _CHANGES: dict[str, type[Change]] = {
     "cover": Cover,
     "record_gap": RecordGap,
     "drop_snapshots": DropSnapshots,
+    "forget_wal": ForgetWal,
+    "merge_sealed": MergeSealed,
 }
 _KIND_OF: dict[type[Change], str] = {change: kind for kind, change in _CHANGES.items()}
 
@@ -517,6 +625,81 @@ def _known_tli(state: BranchState, number: int) -> Tli:
     if tli is None:
         raise LogConflict(f"branch {state.branch} has no tli {number}")
     return tli
+
+
+@dataclass(frozen=True, slots=True)
+class NeededWal:
+    """WAL [start, end) of a tli that a snapshot needs ([LOG-8]); ``end`` ``None``: all there will be."""
+
+    tli: int
+    start: Lsn
+    end: Lsn | None
+    snapshot: str
+
+    def overlaps(self, sealed: SealedRange) -> bool:
+        """Whether a sealed range holds any of it."""
+        return (
+            sealed.tli == self.tli
+            and sealed.end > self.start
+            and (self.end is None or sealed.start < self.end)
+        )
+
+
+def needed_wal(state: BranchState) -> tuple[NeededWal, ...]:
+    """What no change may take from the log while its snapshots stand ([LOG-8]).
+
+    Of every snapshot the WAL of its line from the start of the segment of its ``lsn`` to its ``end``; of the
+    oldest one on the line that leads to the current tli all of that line from there on.
+    """
+    needed: list[NeededWal] = []
+    current = _spans(state, state.current_tli)
+    oldest: Snapshot | None = None
+    for snapshot in state.snapshots:
+        start = _segment_of(state, snapshot.lsn)
+        own = _spans(state, snapshot.tli)
+        needed += _clip(own, start, snapshot.end, snapshot.id)
+        if _is_on(current, snapshot) and (oldest is None or snapshot.lsn < oldest.lsn):
+            oldest = snapshot
+    if oldest is not None:
+        needed += _clip(current, _segment_of(state, oldest.lsn), None, oldest.id)
+    return tuple(needed)
+
+
+_Spans = list[tuple[int, Lsn, Lsn | None]]
+"""A line, youngest tli first: (tli, start, end)."""
+
+
+def _spans(state: BranchState, number: int) -> _Spans:
+    spans: _Spans = []
+    end: Lsn | None = None
+    known = state.find_tli(number)
+    while known is not None and len(spans) <= len(state.tlis):
+        spans.append((known.tli, known.start, end))
+        end = known.start
+        known = None if known.parent is None else state.find_tli(known.parent)
+    return spans
+
+
+def _is_on(spans: _Spans, snapshot: Snapshot) -> bool:
+    return any(
+        tli == snapshot.tli and start <= snapshot.lsn and (end is None or snapshot.end <= end)
+        for tli, start, end in spans
+    )
+
+
+def _clip(spans: _Spans, start: Lsn, end: Lsn | None, snapshot: str) -> list[NeededWal]:
+    clipped = []
+    for tli, begin, left in spans:
+        last = left if end is None else end if left is None else min(left, end)
+        if last is None or max(begin, start) < last:
+            clipped.append(NeededWal(tli, Lsn(max(begin, start)), last, snapshot))
+    return clipped
+
+
+def _segment_of(state: BranchState, lsn: Lsn) -> Lsn:
+    """Where the WAL segment of an LSN starts; the LSN itself while no server is known."""
+    wrote = [one for one in state.incarnations if one.from_lsn <= lsn] or list(state.incarnations[:1])
+    return Lsn(lsn - lsn % wrote[-1].segment_bytes) if wrote else lsn
 
 
 def _with_tli(state: BranchState, changed: Tli) -> BranchState:

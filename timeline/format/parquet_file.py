@@ -45,7 +45,8 @@ class RowGroupEntry:
     digest: str
     """BLAKE3 of the bytes, hex."""
     bounds: tuple[Any, ...]
-    """Page manifests: first path, first group, last path, last group; else empty."""
+    """Page manifests: first path, first group, last path, last group. WAL manifests of merged ranges: what
+    ``WalGroup`` says. Else empty."""
 
 
 class ParquetBuilder:
@@ -59,7 +60,9 @@ class ParquetBuilder:
         dictionary: Sequence[str],
         compression: Mapping[str, str],
         encoding: Mapping[str, str],
+        statistics: bool = True,
     ) -> None:
+        """``statistics``: Parquet's own least and greatest value of each column chunk, which we never read."""
         self._kind = kind
         self._sink = io.BytesIO()
         self._writer = pq.ParquetWriter(
@@ -70,6 +73,7 @@ class ParquetBuilder:
             column_encoding=dict(encoding),
             store_schema=False,
             write_page_checksum=True,
+            write_statistics=statistics,
         )
         self._entries: list[RowGroupEntry] = []
         self.rows = 0
