@@ -194,8 +194,9 @@ def _check_envelope(key: str, envelope: Json) -> None:
 
 
 def _check_features(key: str, features: list[str]) -> None:
-    if features:
-        raise RescueError(f"{key}: needs features that this reader does not know: {', '.join(features)}")
+    unknown = [feature for feature in features if feature != "collection"]  # binds writers only [COL-9]
+    if unknown:
+        raise RescueError(f"{key}: needs features that this reader does not know: {', '.join(unknown)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def apply_change(state: Json, change: Json) -> None:
         state["sealed"].append(merged)
     elif kind == "record_gap":
         state["gaps"].append(change["gap"])
-    elif kind not in ("record_progress", "cover"):
+    elif kind not in ("record_progress", "cover", "mark", "collect"):
         raise RescueError(f"change {kind!r} in the branch log is not known to this reader")
 
 

@@ -17,7 +17,7 @@ CASES = json.loads(DAMAGE.read_text())
 UNNOTICED = {"log entry/deleted", "chunk/deleted"}
 """Without its newest entry or chunk a store is what it was a moment before: only who remembers could tell."""
 
-ADDED_SINCE = {log.DropSnapshots, log.ForgetWal, log.MergeSealed}
+ADDED_SINCE = {log.DropSnapshots, log.ForgetWal, log.MergeSealed, log.Mark, log.Collect}
 """Kinds of change that are younger than this golden store, which stays as it was committed."""
 
 

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from timeline.clock import Micros
-from timeline.errors import DamagedStore, LogConflict, UnknownFeature
+from timeline.errors import DamagedStore, LogConflict, Superseded, UnknownFeature
 from timeline.format import keys, sealed_json, value_json
-from timeline.format.features import check_readable
+from timeline.format.features import COLLECTION, check_readable
 from timeline.format.manifest import ManifestRef
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
@@ -166,6 +166,30 @@ class BackupProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenMark:
+    """A marking run's result, which nobody has collected yet."""
+
+    id: str
+    """Of the mark object, ``marks/<id>``."""
+    head: int
+    """Number of the entry whose state it was computed from."""
+    at: Micros
+    """When, by the collector's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """How far garbage collection has come."""
+
+    mark: OpenMark | None = None
+    """Waits for its grace period to pass."""
+    collected: int = 0
+    """Whoever commits objects must have begun at this entry or later; 0 while nothing was ever collected."""
+    last: str | None = None
+    """Id of the mark that was collected last; its object is there until everything in it is deleted."""
+
+
+@dataclass(frozen=True, slots=True)
 class BranchState:
     """Everything the log says about a branch."""
 
@@ -183,6 +207,7 @@ class BranchState:
     coverage: Coverage | None
     """Newest known; chunks may know a newer one."""
     progress: BackupProgress | None
+    collection: Collection = Collection()
 
     @classmethod
     def empty(cls, branch: str) -> BranchState:
@@ -282,10 +307,13 @@ class Seal:
 
     sealed: SealedRange
     coverage: Coverage | None
+    began: int | None = None
+    """As ``check_began`` says."""
 
     def apply(self, state: BranchState) -> BranchState:
         """Raises LogConflict unless the range starts where the tli's sealed WAL ends (after a gap there, if
-        any)."""
+        any), Superseded as ``check_began``."""
+        check_began(state, self.began)
         tli = _known_tli(state, self.sealed.tli)
         start = state.after_gap(tli.tli, tli.sealed)
         if self.sealed.start != start:
@@ -306,9 +334,13 @@ class AddSnapshot:
     """A snapshot is complete; a base backup ends any progress."""
 
     snapshot: Snapshot
+    began: int | None = None
+    """As ``check_began`` says."""
 
     def apply(self, state: BranchState) -> BranchState:
-        """Raises LogConflict when its id is taken, its tli unknown, or it contradicts itself."""
+        """Raises LogConflict when its id is taken, its tli unknown, or it contradicts itself, Superseded as
+        ``check_began``."""
+        check_began(state, self.began)
         added = self.snapshot
         _known_tli(state, added.tli)
         if any(snapshot.id == added.id for snapshot in state.snapshots):
@@ -333,9 +365,13 @@ class RecordProgress:
     """A base backup got this far (``None``: given up)."""
 
     progress: BackupProgress | None
+    began: int | None = None
+    """As ``check_began`` says."""
 
     def apply(self, state: BranchState) -> BranchState:
-        """Never conflicts."""
+        """Raises Superseded as ``check_began``, but for ``None``, which names nothing."""
+        if self.progress is not None:
+            check_began(state, self.began)
         return replace(state, progress=self.progress)
 
 
@@ -436,9 +472,13 @@ class MergeSealed:
     """Adjoining sealed ranges of a tli become one, of the same extent, with one manifest of all their rows."""
 
     merged: SealedRange
+    began: int | None = None
+    """As ``check_began`` says."""
 
     def apply(self, state: BranchState) -> BranchState:
-        """Raises LogConflict unless two or more ranges adjoin and make up exactly the merged one."""
+        """Raises LogConflict unless two or more ranges adjoin and make up exactly the merged one, Superseded as
+        ``check_began``."""
+        check_began(state, self.began)
         merged = self.merged
         _known_tli(state, merged.tli)
         parts: list[SealedRange] = []
@@ -480,6 +520,40 @@ def merge_ranges(parts: Sequence[SealedRange], manifest: ManifestRef) -> SealedR
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A marking run is over: ``marks/<id>`` lists what was garbage in the state of entry ``head``."""
+
+    id: str
+    head: int
+    """Read after all keys had been listed, and before the mark object was written: its ``began``, too."""
+    at: Micros
+
+    def apply(self, state: BranchState) -> BranchState:
+        """Raises LogConflict while another mark is open, Superseded as ``check_began``."""
+        check_began(state, self.head)
+        if state.collection.mark is not None:
+            raise LogConflict(f"mark {state.collection.mark.id} is not collected yet")
+        return replace(
+            state, collection=replace(state.collection, mark=OpenMark(self.id, self.head, self.at))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Collect:
+    """What the open mark lists is going to be deleted, but for what was named since."""
+
+    id: str
+
+    def apply(self, state: BranchState) -> BranchState:
+        """From here on whoever began before the mark cannot commit. Raises LogConflict unless that is the open
+        mark."""
+        mark = state.collection.mark
+        if mark is None or mark.id != self.id:
+            raise LogConflict(f"mark {self.id} is not open")
+        return replace(state, collection=Collection(None, mark.head + 1, mark.id))
+
+
 Change = (
     ClaimEpoch
     | Begin
@@ -492,6 +566,8 @@ Change = (
     | DropSnapshots
     | ForgetWal
     | MergeSealed
+    | Mark
+    | Collect
 )
 
 
@@ -529,7 +605,7 @@ def encode_entry(entry: LogEntry) -> bytes:
         "nonce": entry.nonce,
         "epoch": entry.epoch,
         "at": entry.at,
-        "requires": [],
+        "requires": _required(entry),
         "change": {"kind": _KIND_OF[type(entry.change)], **value_json.to_json(entry.change)},
     }
     if entry.state is not None:
@@ -537,6 +613,11 @@ def encode_entry(entry: LogEntry) -> bytes:
         if entry.number % STATE_EVERY == 0 or len(sealed_json.compact(state)) < STATE_BYTES:
             members["state"] = state
     return sealed_json.encode(members)
+
+
+def _required(entry: LogEntry) -> list[str]:
+    collecting = entry.state is not None and entry.state.collection != Collection()
+    return [COLLECTION] if collecting or isinstance(entry.change, Mark | Collect) else []
 
 
 def decode_entry(data: bytes, key: str) -> LogEntry:
@@ -607,6 +688,8 @@ _CHANGES: dict[str, type[Change]] = {
     "drop_snapshots": DropSnapshots,
     "forget_wal": ForgetWal,
     "merge_sealed": MergeSealed,
+    "mark": Mark,
+    "collect": Collect,
 }
 _KIND_OF: dict[type[Change], str] = {change: kind for kind, change in _CHANGES.items()}
 
@@ -618,6 +701,23 @@ def _decode_change(value: object, key: str) -> Change:
     if kind is None:
         raise UnknownFeature(key, f"change {value['kind']}")
     return value_json.from_json(kind, value)
+
+
+def check_began(state: BranchState, began: int | None) -> None:
+    """Raises Superseded when a collection may have deleted, or be deleting, what a change names.
+
+    ``began``: number of the log head that the writer had read before it created the first object that the
+    change names; whatever else the change names was reachable from that head. ``None``: not known, as in
+    changes of earlier versions. Every kind of change that names objects has it and calls this (SPEC.md,
+    [COL-2]).
+    """
+    collected = state.collection.collected
+    if collected and (began is None or began < collected):
+        since = "an unknown entry" if began is None else f"entry {began}"
+        raise Superseded(
+            f"branch {state.branch}: what was begun at {since} of the log may be collected: garbage collection "
+            f"has passed entry {collected}"
+        )
 
 
 def _known_tli(state: BranchState, number: int) -> Tli:

@@ -58,14 +58,13 @@ async def merge_sealed(store: Store, log: BranchLog, clock: Clock) -> tuple[Seal
     made: list[SealedRange] = []
     while len(made) < MERGES_AT_ONCE:
         head = await log.load()
-        parts = due(head.state) if head is not None else ()
-        if not parts:
+        if head is None or not (parts := due(head.state)):
             break
         try:
             merged = await _merge(store, parts)
-            await log.append(MergeSealed(merged))
+            await log.append(MergeSealed(merged, head.number))
         except (LogConflict, NotFound):
-            # Merged or forgotten behind our back, and in the second case collected as well.
+            # Merged or forgotten behind our back, perhaps collected as well: the next call sees what is left.
             break
         made.append(merged)
     return tuple(made)
