@@ -264,7 +264,9 @@ def apply_change(state: Json, change: Json) -> None:
             one
             for one in state["sealed"]
             if not any(
-                one["tli"] == gone["tli"] and gone.get("start", 0) <= one["start"] and one["end"] <= gone["below"]
+                one["tli"] == gone["tli"]
+                and gone.get("start", 0) <= one["start"]
+                and one["end"] <= gone["below"]
                 for gone in change["ranges"]
             )
         ]

@@ -179,9 +179,7 @@ changes: st.SearchStrategy[log.Change] = st.one_of(
     st.builds(log.Cover, coverage=coverages),
     st.builds(log.RecordGap, gap=gaps),
     st.builds(log.DropSnapshots, ids=_some(st.text(max_size=8), 2)),
-    st.builds(
-        log.ForgetWal, ranges=_some(st.builds(log.Forgotten, tli=tlis, below=lsns, start=lsns))
-    ),
+    st.builds(log.ForgetWal, ranges=_some(st.builds(log.Forgotten, tli=tlis, below=lsns, start=lsns))),
     st.builds(log.MergeSealed, merged=sealed_ranges, began=numbers),
     st.builds(log.Mark, id=names, head=counts, at=micros),
     st.builds(log.Collect, id=names),

@@ -329,6 +329,7 @@ async def _next_commit(reader: RunReader, after: Lsn) -> Commit | None:
 
 async def _events(reader: RunReader, start: Lsn, end: Lsn) -> tuple[WalEvent, ...]:
     told: list[WalEvent] = []
+
     def overlaps(piece: Piece) -> bool:
         return piece.start < end and start < piece.end
 

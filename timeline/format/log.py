@@ -31,6 +31,8 @@ STATE_EVERY = 100
 STATE_BYTES = 64 << 10
 """States smaller than this are in every entry."""
 FORMAT = 1
+BEGINNING = Lsn(0)
+"""Before all WAL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,7 +429,7 @@ class Forgotten:
 
     tli: int
     below: Lsn
-    start: Lsn = Lsn(0)
+    start: Lsn = BEGINNING
     """Above 0 for what lies behind WAL that is still needed: the orphan tail of an ancestor."""
 
     def holds(self, sealed: SealedRange) -> bool:

@@ -1,14 +1,15 @@
 """Merging: many adjoining sealed ranges become one in the log, with one manifest of all their rows.
 
 A busy server is sealed every few seconds, and the state of its log names every sealed range. So ranges are merged
-when there are many of one size, as a log-structured tree does: ranges come in classes by their number of frames, and
-RUN of a class become one of a higher class. Packs are not touched; the manifests that a merged one replaces are named
-by nobody any more, for the collector.
+when there are many of one size, as a log-structured tree does: RUN short ones, of less than RUN frames each, become a
+longer one, and RUN longer ones become one that is left alone for good, or as many as fit into one. Packs are not touched; the
+manifests that a merged one replaces are named by nobody any more, for the collector.
 
-What bounds the state: a range is left alone for good when it is half as large as a range may be, by frames, WAL
-or bytes of its manifest; of all others there are at most about 2 × RUN + SPARED on each unbroken stretch of a tli. 30
-days at 10 MB/s are about 800 ranges and 0.4 MB of state. A server of very many small transactions has fewer: its
-indexes are longer, and no manifest grows beyond MOST_BYTES.
+What bounds the state: a range is left alone when it has RUN² frames or is half as large as a range may be, by WAL or by
+bytes of its manifest; of all others there are at most RUN × RUN + SPARED, and mostly 2 × RUN, on each unbroken stretch of
+a tli. 30 days at 10 MB/s are about 1,100 ranges and 0.5 MB of state while a thousand transactions commit per second. With more
+of them indexes are longer, and no manifest grows beyond MOST_BYTES: then it is the index, about a byte of state for
+each 70 kB of it.
 
 The newest ranges of the current tli are spared: most branches are of a moment near the head, and they read them whole.
 
@@ -44,7 +45,6 @@ MOST_BYTES = 32 << 20
 """A merged range has at most so many frames, bytes of WAL, bytes in its manifest."""
 MERGES_AT_ONCE = 64
 """One call merges at most so often; the next goes on."""
-_CLASSES = 2
 _READS = 8
 _READ_AHEAD_BYTES = 16 << 20
 
@@ -73,63 +73,62 @@ async def merge_sealed(store: Store, log: BranchLog, clock: Clock) -> tuple[Seal
 def due(state: BranchState) -> tuple[SealedRange, ...]:
     """The next ranges to be merged into one, oldest first; empty when there is nothing to do. Pure."""
     for stretch in _stretches(state):
-        for level in range(_CLASSES):
-            if parts := _due_of_class(stretch, level):
-                return parts
+        if parts := _due_in(stretch):
+            return parts
     return ()
 
 
 def _stretches(state: BranchState) -> list[list[SealedRange]]:
-    """Adjoining ranges, without those that are spared."""
-    stretches: list[list[SealedRange]] = []
+    """Adjoining ranges, without those that are left alone for good and those that are spared."""
+    current = [sealed for sealed in state.sealed if sealed.tli == state.current_tli]
+    spared = {sealed.start for sealed in current[-SPARED:]}
+    stretches: list[list[SealedRange]] = [[]]
     for sealed in state.sealed:
-        if stretches and stretches[-1][-1].tli == sealed.tli and stretches[-1][-1].end == sealed.start:
-            stretches[-1].append(sealed)
+        last = stretches[-1]
+        if last and (last[-1].tli != sealed.tli or last[-1].end != sealed.start):
+            stretches.append([])
+        if _is_done([sealed]) or (sealed.tli == state.current_tli and sealed.start in spared):
+            stretches.append([])
         else:
-            stretches.append([sealed])
-    current = [stretch for stretch in stretches if stretch[-1].tli == state.current_tli]
-    if current:
-        del current[-1][-SPARED:]
+            stretches[-1].append(sealed)
     return stretches
 
 
-def _due_of_class(stretch: Sequence[SealedRange], level: int) -> tuple[SealedRange, ...]:
-    """The oldest that fit into one range, where there are RUN of the class between ranges of higher ones.
-
-    Ranges of lower classes that lie between them go with them.
-    """
-    begin = 0
-    while begin < len(stretch):
-        end, count, last = begin, 0, begin
-        while end < len(stretch) and count < RUN and (size := _class(stretch[end])) <= level:
-            if size == level:
-                count, last = count + 1, end
-            end += 1
-        if count >= RUN:
-            parts = _fitting(stretch[begin : last + 1])
-            if len(parts) > 1:
-                return parts
-        # What was looked at holds too few, or too little room; behind it begins another stretch.
-        begin = end + 1
+def _due_in(stretch: Sequence[SealedRange]) -> tuple[SealedRange, ...]:
+    """Of ranges that adjoin: RUN short ones in a row, or all up to the RUN-th longer one."""
+    short = longer = 0
+    for number, sealed in enumerate(stretch):
+        if sealed.manifest.rows < RUN:
+            short += 1
+        else:
+            short, longer = 0, longer + 1
+        if short < RUN and longer < RUN:
+            continue
+        parts = stretch[number + 1 - RUN : number + 1]
+        if longer == RUN or _is_done(parts):
+            # What this makes is never merged again: nothing before it may be left behind.
+            parts = _fitting(stretch[: number + 1])
+        return tuple(parts)
     return ()
 
 
-def _fitting(ranges: Sequence[SealedRange]) -> tuple[SealedRange, ...]:
+def _fitting(ranges: Sequence[SealedRange]) -> Sequence[SealedRange]:
+    """As many from the first on as one range may hold: at least two, for all are less than half as large."""
     rows = stored = 0
     for number, sealed in enumerate(ranges):
         rows += sealed.manifest.rows
         stored += sealed.manifest.size
-        wal = sealed.end - ranges[0].start
-        if rows > MOST_ROWS or stored > MOST_BYTES or wal > MOST_WAL:
-            return tuple(ranges[:number])
-    return tuple(ranges)
+        if rows > MOST_ROWS or stored > MOST_BYTES or sealed.end - ranges[0].start > MOST_WAL:
+            return ranges[:number]
+    return ranges
 
 
-def _class(sealed: SealedRange) -> int:
-    rows, stored, wal = sealed.manifest.rows, sealed.manifest.size, sealed.end - sealed.start
-    if 2 * rows >= MOST_ROWS or 2 * stored >= MOST_BYTES or 2 * wal >= MOST_WAL or rows >= RUN**_CLASSES:
-        return _CLASSES
-    return 0 if rows < RUN else 1
+def _is_done(parts: Sequence[SealedRange]) -> bool:
+    """Whether these, as one range, are left alone from then on."""
+    rows = sum(part.manifest.rows for part in parts)
+    stored = sum(part.manifest.size for part in parts)
+    wal = parts[-1].end - parts[0].start
+    return rows >= RUN * RUN or 2 * stored >= MOST_BYTES or 2 * wal >= MOST_WAL
 
 
 async def _merge(store: Store, parts: Sequence[SealedRange]) -> SealedRange:
