@@ -80,7 +80,7 @@ _SCHEMA = pa.schema(
 )
 
 
-def write_wal_manifest(frames: Sequence[WalFrame]) -> tuple[bytes, ManifestRef]:
+def write_wal_manifest(frames: Sequence[WalFrame], *, nonce: str | None = None) -> tuple[bytes, ManifestRef]:
     """The manifest of the frames; raises ValueError unless they follow one another by (tli, start)."""
     for one, two in pairwise(frames):
         if (one.tli, one.end) > (two.tli, two.start):
@@ -94,7 +94,7 @@ def write_wal_manifest(frames: Sequence[WalFrame]) -> tuple[bytes, ManifestRef]:
     )
     if frames:
         builder.write_row_group(_table(frames))
-    return builder.finish()
+    return builder.finish(nonce)
 
 
 def read_wal_manifest(data: bytes | memoryview, ref: ManifestRef) -> tuple[WalFrame, ...]:
