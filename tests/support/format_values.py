@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from timeline.format import log
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS, ExtentRef
 from timeline.format.manifest import FileRow, ManifestRef, PageRow, WalFrame
-from timeline.format.mark import Garbage, MarkObject
+from timeline.format.mark import Garbage, MarkObject, VoidChunks, VoidEntries
 from timeline.format.meta import StoreMeta
 from timeline.format.pin import Pin
 from timeline.format.wal_index import (
@@ -147,7 +147,9 @@ marks = st.builds(
     branch=branches,
     head=counts,
     at=micros,
-    garbage=st.lists(st.builds(Garbage, key=names, size=counts), min_size=1, max_size=3).map(tuple),
+    garbage=st.lists(st.builds(Garbage, key=names, size=counts), max_size=3).map(tuple),
+    chunks=_some(st.builds(VoidChunks, tli=tlis, below=lsns, objects=counts, bytes=counts)),
+    entries=st.builds(VoidEntries, below=counts, objects=counts, bytes=counts),
 )
 
 
@@ -181,7 +183,7 @@ changes: st.SearchStrategy[log.Change] = st.one_of(
     st.builds(log.DropSnapshots, ids=_some(st.text(max_size=8), 2)),
     st.builds(log.ForgetWal, ranges=_some(st.builds(log.Forgotten, tli=tlis, below=lsns, start=lsns))),
     st.builds(log.MergeSealed, merged=sealed_ranges, began=numbers),
-    st.builds(log.Mark, id=names, head=counts, at=micros),
+    st.builds(log.Mark, id=names, head=counts, at=micros, after=st.none() | names),
     st.builds(log.Collect, id=names),
 )
 

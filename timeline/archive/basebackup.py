@@ -39,10 +39,10 @@ from timeline.archive.extent_writer import Encoded, ExtentWriter, create_named
 from timeline.archive.known_pages import open_known
 from timeline.archive.page_runs import PageRuns, join_runs
 from timeline.archive.tar_stream import BackupStreamError
-from timeline.catalog.branch_log import BranchLog
+from timeline.catalog.branch_log import BranchLog, LogHead
 from timeline.catalog.meta import read_meta
 from timeline.clock import Clock
-from timeline.errors import CheckFailed, Unavailable, UsageError
+from timeline.errors import CheckFailed, Superseded, Unavailable, UsageError
 from timeline.format import keys
 from timeline.format.extent import ExtentRef
 from timeline.format.file_listing import read_file_listing, write_file_listing
@@ -56,6 +56,7 @@ from timeline.format.log import (
     Tablespace,
 )
 from timeline.format.manifest import ManifestRef, PageRow
+from timeline.format.pack import NONCE_BYTES
 from timeline.format.page_manifest import read_page_rows
 from timeline.lsn import Lsn
 from timeline.pg.backup_label import BackupLabel, parse_backup_label
@@ -169,7 +170,12 @@ async def take_base_backup(
         facts = await read_facts(conninfo)
         async with open_backup_stream(conninfo, silence_seconds=options.silence_seconds) as stream:
             backup = _Backup(store, meta.store_id, log, clock, options, on_status, threads, facts)
-            return await backup.run(conninfo, stream, head.state, rate_kb)
+            try:
+                return await backup.run(conninfo, stream, head, rate_kb)
+            except Superseded as error:
+                raise Unavailable(
+                    f"the base backup took too long: {error.message}", hint=error.hint
+                ) from error
 
 
 class _Backup:
@@ -199,21 +205,27 @@ class _Backup:
         self._pinned_packs = 0
         self._carried: tuple[ManifestRef, ...] = ()
         self._progress_id = clock.token(8)
-        self._runs = PageRuns(store, threads)
+        self._runs = PageRuns(store, threads, clock)
+        self._log_began = 0
+        """Number of a log head from which all is reachable that was created or is to be named [COL-2]."""
+        self._compared: Snapshot | None = None
         self._groups = self._reused = self._resumed = 0
         self._intake: Intake | None = None
 
     async def run(
-        self, conninfo: str, stream: BackupStream, state: BranchState, rate_kb: int | None
+        self, conninfo: str, stream: BackupStream, head: LogHead, rate_kb: int | None
     ) -> BackupReport:
         """From the connection to the log entry."""
+        state, self._log_began = head.state, head.number
         await self._check_system(stream, state)
         snapshot = state.snapshots[-1] if state.snapshots else None
-        boot = BootPack(self._store_id, await self._boot_extents(snapshot))
+        self._compared = snapshot
+        boot = BootPack(self._store_id, self._clock, await self._boot_extents(snapshot))
         writer = ExtentWriter(
             self._store,
             self._store_id,
             self._threads,
+            self._clock,
             pack_bytes=self._options.pack_bytes,
             divert=boot.take,
             finished=self._count,
@@ -242,7 +254,7 @@ class _Backup:
         pages = await self._runs.finish([*rows, *boot_rows])
         pages = tuple(replace(ref, lsn=label.start) for ref in pages)
         intake.count_removed()
-        data, files = write_file_listing(intake.files.values())
+        data, files = write_file_listing(intake.files.values(), nonce=self._clock.token(NONCE_BYTES))
         await create_named(self._store, keys.manifest(files.digest), data)
         added = Snapshot(
             id=self._clock.token(8),
@@ -266,7 +278,7 @@ class _Backup:
             bytes=sum(row.size for row in intake.files.values()),
             checksum_failures=end.checksum_failures,
         )
-        await self._log.append(AddSnapshot(added))
+        await self._log.append(AddSnapshot(added, self._log_began))
         return BackupReport(
             snapshot=added,
             resumed=bool(self._carried),
@@ -319,9 +331,11 @@ class _Backup:
         uploaded = None
         if progress is not None and progress.manifests:
             self._progress_id = progress.id
-            self._carried = await join_runs(self._store, self._threads, progress.manifests)
+            self._carried = await join_runs(self._store, self._threads, self._clock, progress.manifests)
             await self._log.append(
-                RecordProgress(replace(progress, manifests=self._carried, at=self._clock.now()))
+                RecordProgress(
+                    replace(progress, manifests=self._carried, at=self._clock.now()), self._log_began
+                )
             )
             uploaded = await open_known(self._store, self._threads, self._carried)
         if snapshot is None:
@@ -369,7 +383,14 @@ class _Backup:
         manifests = (*self._carried, *self._runs.manifests)
         at = self._clock.now()
         progress = BackupProgress(self._progress_id, manifests, writer.uploaded_bytes, at)
-        await self._log.append(RecordProgress(progress))
+        head = await self._log.append(RecordProgress(progress, self._log_began))
+        if head.state.progress == progress and (
+            self._compared is None or self._compared in head.state.snapshots
+        ):
+            # No upload was under way, so all there is of this backup is reachable from this head; a pack that only
+            # superseded rows named is not, and must not be named again. So no backup is too long for collection.
+            self._log_began = head.number
+            writer.forget_stored()
         self._pinned_at = self._clock.monotonic()
         self._pinned_packs = writer.packs
 

@@ -15,6 +15,7 @@ never part of the log; ``_stands_in`` tells which by replaying the entries since
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -65,6 +66,13 @@ async def read_head(store: Store, branch: str) -> LogHead | None:
         return await _read_head_once(store, branch)
     except NotFound as error:
         raise MissingObject(error.key) from error
+
+
+async def read_changes(store: Store, branch: str, numbers: range) -> AsyncGenerator[Change, None]:
+    """The changes of these entries, in order; raises NotFound when one of them was collected, DamagedStore."""
+    for first in range(numbers.start, numbers.stop, _GETS):
+        for entry in await _read_entries(store, branch, range(first, min(first + _GETS, numbers.stop))):
+            yield entry.change
 
 
 class BranchLog:

@@ -528,14 +528,18 @@ class Mark:
 
     id: str
     head: int
-    """Read after all keys had been listed, and before the mark object was written: its ``began``, too."""
+    """Read after all keys had been listed, and before the mark object was written."""
     at: Micros
+    after: str | None
+    """Id of the mark collected last as of ``head``, whose collection was finished."""
 
     def apply(self, state: BranchState) -> BranchState:
-        """Raises LogConflict while another mark is open, Superseded as ``check_began``."""
-        check_began(state, self.head)
+        """Raises LogConflict while another mark is open, or when one was collected since ``head``: it might not be
+        finished."""
         if state.collection.mark is not None:
             raise LogConflict(f"mark {state.collection.mark.id} is not collected yet")
+        if state.collection.last != self.after:
+            raise LogConflict(f"mark {state.collection.last} was collected meanwhile")
         return replace(
             state, collection=replace(state.collection, mark=OpenMark(self.id, self.head, self.at))
         )

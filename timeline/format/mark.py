@@ -12,6 +12,7 @@ from timeline.clock import Micros
 from timeline.errors import DamagedStore, UnknownFeature
 from timeline.format import keys, sealed_json, value_json
 from timeline.format.features import check_readable
+from timeline.lsn import Lsn
 
 MARK_ID_BYTES = 16
 """``Clock.token(MARK_ID_BYTES)`` makes the id of a mark: 32 hex digits."""
@@ -30,6 +31,26 @@ class Garbage:
 
 
 @dataclass(frozen=True, slots=True)
+class VoidChunks:
+    """All chunks of a tli that start below an LSN; void once and for all, so they need no list."""
+
+    tli: int
+    below: Lsn
+    objects: int
+    """How many there were."""
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class VoidEntries:
+    """All log entries below a number, which nobody reads any more."""
+
+    below: int
+    objects: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class MarkObject:
     """What is garbage in the state of one log entry."""
 
@@ -39,11 +60,14 @@ class MarkObject:
     """Number of that entry."""
     at: Micros
     garbage: tuple[Garbage, ...]
+    """Packs, manifests, pins and marks."""
+    chunks: tuple[VoidChunks, ...]
+    entries: VoidEntries
 
 
 def encode_mark(mark: MarkObject) -> bytes:
-    """The object; raises ValueError for more than MARK_KEYS keys, or none."""
-    if not 0 < len(mark.garbage) <= MARK_KEYS:
+    """The object; raises ValueError for more than MARK_KEYS keys."""
+    if len(mark.garbage) > MARK_KEYS:
         raise ValueError(f"a mark cannot list {len(mark.garbage)} keys")
     return sealed_json.encode({"format": _FORMAT, "requires": [], **value_json.to_json(mark)})
 

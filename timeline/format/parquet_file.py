@@ -93,10 +93,17 @@ class ParquetBuilder:
         self._entries.append(RowGroupEntry(start, end - start, digest, bounds))
         self.rows += table.num_rows
 
-    def finish(self) -> tuple[bytes, ManifestRef]:
-        """The object and the reference to it; raises ValueError when it grew beyond MANIFEST_MAX_BYTES."""
+    def finish(self, nonce: str | None = None) -> tuple[bytes, ManifestRef]:
+        """The object and the reference to it. ``nonce``: random hex, as of packs [PAC-4]; raises ValueError when it grew beyond MANIFEST_MAX_BYTES."""
         entries = [[e.offset, e.length, e.digest, *e.bounds] for e in self._entries]
-        envelope = {"format": 1, "requires": [], "digest_kind": DIGEST_KIND, "key_id": None, "cipher": None}
+        envelope = {
+            "format": 1,
+            "requires": [],
+            "digest_kind": DIGEST_KIND,
+            "key_id": None,
+            "cipher": None,
+            "nonce": nonce,
+        }
         self._writer.add_key_value_metadata(
             {_KIND: self._kind, _ENVELOPE: json.dumps(envelope), _ROW_GROUPS: json.dumps(entries)}
         )

@@ -155,10 +155,11 @@ class MergedManifest:
             if self._rows == GROUP_ROWS:
                 self._write()
 
-    def finish(self) -> tuple[bytes, ManifestRef]:
-        """The object and the reference to it; raises ValueError when it is longer than an object may be."""
+    def finish(self, nonce: str) -> tuple[bytes, ManifestRef]:
+        """The object and the reference to it; ``nonce``: random hex [PAC-4]. Raises ValueError when it is longer
+        than an object may be."""
         self._write()
-        return self._builder.finish()
+        return self._builder.finish(nonce)
 
     def _write(self) -> None:
         if not self._waiting:
@@ -203,7 +204,7 @@ def _group(number: int, entry: Any) -> WalGroup:
     )
 
 
-def write_wal_manifest(frames: Sequence[WalFrame]) -> tuple[bytes, ManifestRef]:
+def write_wal_manifest(frames: Sequence[WalFrame], *, nonce: str | None = None) -> tuple[bytes, ManifestRef]:
     """The manifest of the frames; raises ValueError unless they follow one another by (tli, start)."""
     for one, two in pairwise(frames):
         if (one.tli, one.end) > (two.tli, two.start):
@@ -217,7 +218,7 @@ def write_wal_manifest(frames: Sequence[WalFrame]) -> tuple[bytes, ManifestRef]:
     )
     if frames:
         builder.write_row_group(_table(frames))
-    return builder.finish()
+    return builder.finish(nonce)
 
 
 def read_wal_manifest(data: bytes | memoryview, ref: ManifestRef) -> tuple[WalFrame, ...]:

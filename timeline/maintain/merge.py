@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING
 from timeline.catalog.branch_log import BranchLog
 from timeline.catalog.parallel import in_order
 from timeline.clock import Clock
-from timeline.errors import DamagedStore, LogConflict, NotFound
+from timeline.errors import DamagedStore, LogConflict, NotFound, Superseded, Unavailable
 from timeline.format import keys
 from timeline.format.log import BranchState, MergeSealed, SealedRange, merge_ranges
+from timeline.format.pack import NONCE_BYTES
 from timeline.store.base import Store
 
 if TYPE_CHECKING:
@@ -54,15 +55,16 @@ async def merge_sealed(store: Store, log: BranchLog, clock: Clock) -> tuple[Seal
 
     Raises DamagedStore for a manifest that is not what the log says, Unavailable.
     """
-    del clock  # Nothing is due by time.
     made: list[SealedRange] = []
     while len(made) < MERGES_AT_ONCE:
         head = await log.load()
         if head is None or not (parts := due(head.state)):
             break
         try:
-            merged = await _merge(store, parts)
+            merged = await _merge(store, clock, parts)
             await log.append(MergeSealed(merged, head.number))
+        except Superseded as error:
+            raise Unavailable(f"merging took too long: {error.message}", hint=error.hint) from error
         except (LogConflict, NotFound):
             # Merged or forgotten behind our back, perhaps collected as well: the next call sees what is left.
             break
@@ -131,7 +133,7 @@ def _is_done(parts: Sequence[SealedRange]) -> bool:
     return rows >= RUN * RUN or 2 * stored >= MOST_BYTES or 2 * wal >= MOST_WAL
 
 
-async def _merge(store: Store, parts: Sequence[SealedRange]) -> SealedRange:
+async def _merge(store: Store, clock: Clock, parts: Sequence[SealedRange]) -> SealedRange:
     # Parquet takes a quarter of a second to import, and an archiver may run for long before its first merge.
     from timeline.format.wal_manifest import MergedManifest
 
@@ -148,7 +150,7 @@ async def _merge(store: Store, parts: Sequence[SealedRange]) -> SealedRange:
             for group in footer.groups:
                 rows = memoryview(data)[group.offset : group.offset + group.length]
                 await asyncio.to_thread(lambda f=footer, n=group.number, r=rows: manifest.add(f.table(n, r)))
-    data, ref = await asyncio.to_thread(manifest.finish)
+    data, ref = await asyncio.to_thread(manifest.finish, clock.token(NONCE_BYTES))
     merged = merge_ranges(parts, ref)
     if ref.rows != sum(part.manifest.rows for part in parts):
         raise DamagedStore(keys.manifest(ref.digest), 0, "expected as many rows as the ranges it is made of")

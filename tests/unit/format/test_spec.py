@@ -40,6 +40,8 @@ STORED = [
     log.LogEntry,
     mark.MarkObject,
     mark.Garbage,
+    mark.VoidChunks,
+    mark.VoidEntries,
     pin.Pin,
     *log.Change.__args__,
 ]
