@@ -30,6 +30,7 @@ _COMMANDS = {
     "logs": ("cli.branch", "print a branch's server log"),
     "expire": ("cli.branch", ""),
     "restore": ("cli.restore", "write a full copy into an empty directory"),
+    "gc": ("cli.gc", "delete what nothing in the store needs any more, after a grace period"),
     "demo": ("cli.demo", "all of it in one minute"),
 }
 _HIDDEN = {"expire"}

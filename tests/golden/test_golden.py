@@ -23,7 +23,11 @@ ADDED_SINCE = {log.DropSnapshots, log.ForgetWal, log.MergeSealed, log.Mark, log.
 
 def test_golden_store_reads_as_it_did() -> None:
     """[COM-1]: log, state, files, WAL and indexes, down to the last byte."""
-    assert GoldenReader(OBJECTS).read() == json.loads(EXPECTED.read_text())
+    found = GoldenReader(OBJECTS).read()
+    # Members that are younger than this store have their defaults.
+    assert found["state"].pop("collection") == {"mark": None, "collected": 0, "last": None}
+    assert {entry["change"].pop("began", None) for entry in found["entries"]} == {None}
+    assert found == json.loads(EXPECTED.read_text())
     assert rescue_error(OBJECTS) is None
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from timeline.archive.backup_commits import BackupCommits
 from timeline.archive.backup_compare import Comparison, Differences
 from timeline.archive.backup_facts import BackupFacts, read_clock, read_facts
 from timeline.archive.backup_files import CONTROL_FILE
@@ -48,10 +49,8 @@ from timeline.format.extent import ExtentRef
 from timeline.format.file_listing import read_file_listing, write_file_listing
 from timeline.format.log import (
     BASE,
-    AddSnapshot,
     BackupProgress,
     BranchState,
-    RecordProgress,
     Snapshot,
     Tablespace,
 )
@@ -169,7 +168,7 @@ async def take_base_backup(
     with ThreadPoolExecutor(options.threads, "tl-backup") as threads:
         facts = await read_facts(conninfo)
         async with open_backup_stream(conninfo, silence_seconds=options.silence_seconds) as stream:
-            backup = _Backup(store, meta.store_id, log, clock, options, on_status, threads, facts)
+            backup = _Backup(store, meta.store_id, log, head, clock, options, on_status, threads, facts)
             try:
                 return await backup.run(conninfo, stream, head, rate_kb)
             except Superseded as error:
@@ -186,6 +185,7 @@ class _Backup:
         store: Store,
         store_id: str,
         log: BranchLog,
+        head: LogHead,
         clock: Clock,
         options: BackupOptions,
         on_status: Callable[[BackupStatus], None],
@@ -194,7 +194,6 @@ class _Backup:
     ) -> None:
         self._store = store
         self._store_id = store_id
-        self._log = log
         self._clock = clock
         self._options = options
         self._on_status = on_status
@@ -206,9 +205,7 @@ class _Backup:
         self._carried: tuple[ManifestRef, ...] = ()
         self._progress_id = clock.token(8)
         self._runs = PageRuns(store, threads, clock)
-        self._log_began = 0
-        """Number of a log head from which all is reachable that was created or is to be named [COL-2]."""
-        self._compared: Snapshot | None = None
+        self._commits = BackupCommits(log, head, _newest(head.state))
         self._groups = self._reused = self._resumed = 0
         self._intake: Intake | None = None
 
@@ -216,10 +213,9 @@ class _Backup:
         self, conninfo: str, stream: BackupStream, head: LogHead, rate_kb: int | None
     ) -> BackupReport:
         """From the connection to the log entry."""
-        state, self._log_began = head.state, head.number
+        state = head.state
         await self._check_system(stream, state)
-        snapshot = state.snapshots[-1] if state.snapshots else None
-        self._compared = snapshot
+        snapshot = _newest(state)
         boot = BootPack(self._store_id, self._clock, await self._boot_extents(snapshot))
         writer = ExtentWriter(
             self._store,
@@ -278,7 +274,7 @@ class _Backup:
             bytes=sum(row.size for row in intake.files.values()),
             checksum_failures=end.checksum_failures,
         )
-        await self._log.append(AddSnapshot(added, self._log_began))
+        await self._commits.finish(added)
         return BackupReport(
             snapshot=added,
             resumed=bool(self._carried),
@@ -332,11 +328,7 @@ class _Backup:
         if progress is not None and progress.manifests:
             self._progress_id = progress.id
             self._carried = await join_runs(self._store, self._threads, self._clock, progress.manifests)
-            await self._log.append(
-                RecordProgress(
-                    replace(progress, manifests=self._carried, at=self._clock.now()), self._log_began
-                )
-            )
+            await self._commits.carry_on(replace(progress, manifests=self._carried, at=self._clock.now()))
             uploaded = await open_known(self._store, self._threads, self._carried)
         if snapshot is None:
             intake.know(uploaded, None)
@@ -383,14 +375,7 @@ class _Backup:
         manifests = (*self._carried, *self._runs.manifests)
         at = self._clock.now()
         progress = BackupProgress(self._progress_id, manifests, writer.uploaded_bytes, at)
-        head = await self._log.append(RecordProgress(progress, self._log_began))
-        if head.state.progress == progress and (
-            self._compared is None or self._compared in head.state.snapshots
-        ):
-            # No upload was under way, so all there is of this backup is reachable from this head; a pack that only
-            # superseded rows named is not, and must not be named again. So no backup is too long for collection.
-            self._log_began = head.number
-            writer.forget_stored()
+        await self._commits.record(progress, writer)
         self._pinned_at = self._clock.monotonic()
         self._pinned_packs = writer.packs
 
@@ -431,6 +416,11 @@ class _Backup:
             f"the server found {end.checksum_failures} pages with wrong checksums: {seen or 'see its log'}",
             hint="repair the source, or accept broken pages with allow_checksum_failures",
         )
+
+
+def _newest(state: BranchState) -> Snapshot | None:
+    """The snapshot that a backup is compared with."""
+    return state.snapshots[-1] if state.snapshots else None
 
 
 def _label_of(intake: Intake, stream: BackupStream) -> BackupLabel:

@@ -94,7 +94,8 @@ class ParquetBuilder:
         self.rows += table.num_rows
 
     def finish(self, nonce: str | None = None) -> tuple[bytes, ManifestRef]:
-        """The object and the reference to it. ``nonce``: random hex, as of packs [PAC-4]; raises ValueError when it grew beyond MANIFEST_MAX_BYTES."""
+        """The object and the reference to it. ``nonce``: random hex, as of packs [PAC-4]. Raises ValueError when
+        it grew beyond MANIFEST_MAX_BYTES."""
         entries = [[e.offset, e.length, e.digest, *e.bounds] for e in self._entries]
         envelope = {
             "format": 1,

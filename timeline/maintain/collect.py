@@ -9,7 +9,7 @@ Crash: a mark object whose entry was never written is garbage for the next mark.
 the deletion is resumed by whoever comes next, from the same mark and the same entries, until the mark object,
 which goes last, is gone. Any number of collectors at once do the same thing, and each stops when it finds the
 mark object gone.
-Bounds: one page of keys and one batch of deletions at a time; REASONS of what was refused.
+Bounds: one page of keys and one batch of deletions at a time; one reason of refusal for each kind of object.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ GRACE_SECONDS = 86_400.0
 """What a reader has, unless told otherwise, between reading the log and its last read of the store."""
 BATCH_KEYS = 1000
 """Deleted at once."""
-REASONS = 5
-"""So many different reasons of refusals are told."""
 _NAMED_AT_ONCE = 1000
 """Manifests named since the mark that are read together."""
 
@@ -96,6 +94,15 @@ async def unfinished(store: Store, head: LogHead) -> str | None:
         return None
     key = keys.mark(last)
     return last if any(one.key == key for one in await store.list(key, limit=1)) else None
+
+
+async def read_mark(store: Store, mark_id: str) -> MarkObject | None:
+    """What a mark lists; ``None`` when it was collected already. Raises DamagedStore, UnknownFeature."""
+    key = keys.mark(mark_id)
+    try:
+        return decode_mark(await store.get(key), key)
+    except NotFound:
+        return None
 
 
 async def mark(store: Store, log: BranchLog, clock: Clock, progress: Progress) -> Marked:
@@ -185,15 +192,13 @@ async def _sweep(
         raise MissingObject(error.key) from error
     pins = await read_pins(store, clock.now())
     reach |= await reach_of(store, named_in(pins.live), missing_ok=True)
-    key = keys.mark(mark_id)
-    try:
-        made = decode_mark(await store.get(key), key)
-    except NotFound:
+    made = await read_mark(store, mark_id)
+    if made is None:
         return None
     # The mark object is there: so were all entries since the mark when they were read [COL-7].
     sweep = _Sweep(store, progress, made)
     await sweep.run(log.branch, reach)
-    finished = not await store.delete([key])
+    finished = not await store.delete([keys.mark(mark_id)])
     return Collected(
         mark=mark_id,
         deleted=sweep.tallies,

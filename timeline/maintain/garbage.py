@@ -168,7 +168,7 @@ async def list_chunks(
 ) -> tuple[list[Listed], str]:
     """One page of the void chunks of a tli, and where the next page begins (empty: there is none)."""
     page = await store.list(keys.chunk_prefix(branch, tli), after=after, limit=PAGE_KEYS)
-    void = []
+    void: list[Listed] = []
     for one in page:
         parsed = keys.parse_chunk(one.key)
         if parsed is None:
