@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.unit.format.test_log_changes import INCARNATION, REF, SNAPSHOT
 from timeline.catalog.line import line_of, runs_on, usable_snapshots
 from timeline.format import log
+from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
 from timeline.maintain.retention import RetentionPlan, RetentionPolicy, plan_retention
 from timeline.pg.segment import HistoryRow, format_history, parse_history
@@ -54,7 +55,7 @@ class World:
     state: log.BranchState
     now: int = 1000 * HOUR
     written: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
-    """By tli: (start, end, time when it ended)."""
+    """By tli: (start, end, time of the last commit)."""
 
     def time_of(self, tli: int, lsn: int) -> int:
         """When the WAL before an LSN was there."""
@@ -87,7 +88,10 @@ def build(steps: list[Step]) -> World:
                     commits,
                     0,
                 )
-                world.written.setdefault(known.tli, []).append((at, end, world.now))
+                written = world.written.setdefault(known.tli, [])
+                # What no commit dates is as old as what is before it: no time after that means a moment inside.
+                before = written[-1][2] if written else 0
+                written.append((at, end, world.now if commits else before))
                 world.state = log.Seal(sealed, None).apply(state)
             case "base" if known.sealed - max(known.start, FIRST) > STEP:
                 end = known.sealed
@@ -123,7 +127,7 @@ def build(steps: list[Step]) -> World:
                         world.state = log.AddSnapshot(built).apply(state)
             case "quiet":
                 world.now += step.amount % 50 * HOUR
-                coverage = log.Coverage(known.tli, known.sealed, world.now)
+                coverage = Coverage(known.tli, known.sealed, world.now)
                 world.state = log.Cover(coverage).apply(state)
             case "gap" if at == known.sealed:
                 resumed = Lsn(at - at % SEGMENT + SEGMENT * (1 + step.amount % 2))
@@ -200,11 +204,13 @@ def test_the_window_stays_reachable(steps: list[Step], policy: RetentionPolicy) 
         left = reachable(after, known.tli)
         for lsn in own:
             time = world.time_of(known.tli, lsn)
-            if time < window or (
+            if time <= window or (
                 known.tli != before.current_tli and _newest(world, known.tli) < source - orphans * 1_000_000
             ):
                 continue
             assert any(first <= lsn <= last for first, last in left), (known.tli, lsn, plan)
+    head = reachable(before, before.current_tli)[-1:]
+    assert head == [] or head[0][1] == reachable(after, before.current_tli)[-1][1]
     least = min(policy.minimum_bases, restorable_bases(before))
     assert restorable_bases(after) >= least
     assert plan_retention(after, policy, world.now).forget == ()

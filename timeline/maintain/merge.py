@@ -34,7 +34,7 @@ from timeline.format.pack import NONCE_BYTES
 from timeline.store.base import Store
 
 if TYPE_CHECKING:
-    from timeline.format.wal_manifest import WalManifestFooter
+    from timeline.format.wal_manifest import MergedManifest, WalManifestFooter
 
 RUN = 32
 """So many adjoining ranges of one class are merged; each class has ranges of RUN times as many frames."""
@@ -149,7 +149,7 @@ async def _merge(store: Store, clock: Clock, parts: Sequence[SealedRange]) -> Se
         async for footer, data in results:
             for group in footer.groups:
                 rows = memoryview(data)[group.offset : group.offset + group.length]
-                await asyncio.to_thread(lambda f=footer, n=group.number, r=rows: manifest.add(f.table(n, r)))
+                await asyncio.to_thread(_add, manifest, footer, group.number, rows)
     data, ref = await asyncio.to_thread(manifest.finish, clock.token(NONCE_BYTES))
     merged = merge_ranges(parts, ref)
     if ref.rows != sum(part.manifest.rows for part in parts):
@@ -157,6 +157,10 @@ async def _merge(store: Store, clock: Clock, parts: Sequence[SealedRange]) -> Se
     if not await store.create(keys.manifest(ref.digest), data):
         raise DamagedStore(keys.manifest(ref.digest), 0, "expected the bytes this object is named by")
     return merged
+
+
+def _add(manifest: MergedManifest, footer: WalManifestFooter, number: int, rows: memoryview) -> None:
+    manifest.add(footer.table(number, rows))
 
 
 async def _read(store: Store, part: SealedRange) -> tuple[WalManifestFooter, bytes]:
