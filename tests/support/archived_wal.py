@@ -202,6 +202,7 @@ class Archive:
             parent=None,
             bytes=0,
         )
+        await self.store.create(keys.manifest(_NO_MANIFEST.digest), b"stands for a manifest")
         await self.log.append(AddSnapshot(snapshot))
         return snapshot
 
