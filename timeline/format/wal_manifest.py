@@ -139,7 +139,7 @@ class MergedManifest:
             dictionary=["pack"],
             compression={name: "none" if name == "digest" else "zstd" for name in _leaves(_SCHEMA)},
             encoding={},
-            # Thirty columns of each group would have them: most of the footer, which every reader takes.
+            # They would be a quarter of the footer, which every reader takes, and we never read them.
             statistics=False,
         )
         self._waiting: list[Any] = []

@@ -97,7 +97,7 @@ def test_a_log_entry_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(TargetUnreachable) as raised:
             await history.resolve(Latest())
         assert gone in raised.value.message
-        when = AtLsn(server.records[-1].start)
+        when = AtLsn(Lsn(server.records[-1].start))
         assert (await history.resolve(when)).lsn == (await (await archive.history()).resolve(when)).lsn
 
     asyncio.run(work())
@@ -146,7 +146,7 @@ def test_any_part_of_a_store(seed: int, states: int, monkeypatch: pytest.MonkeyP
         gone = set(await all_keys(archive)) - kept
         store = await copy(archive, kept | {"tl.json"})
         whens: list[When] = [AtTime(NOON + number * SECOND) for number in (0, 3, 8, 11, 60, 101)]
-        whens += [AtLsn(record.start) for record in server.records[5::6]]
+        whens += [AtLsn(Lsn(record.start)) for record in server.records[5::6]]
         whens.append(Latest())
         for when in whens:
             try:
