@@ -706,6 +706,7 @@ def test_what_stays_missing_is_damage() -> None:
                 await history.resolve(BeforeXid(105))
             assert listed.key in raised.value.message
             await archive.store.create(listed.key, data)
+        await history.reload()
         assert (await history.resolve(BeforeXid(105))).next_commit is not None
 
     asyncio.run(work())
