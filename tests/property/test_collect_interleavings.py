@@ -7,6 +7,7 @@ nothing is left that nobody needs. A seed that fails reproduces: ``TL_SEEDS=1234
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections import Counter
 
@@ -16,7 +17,7 @@ from tests.support.collection_model import World
 from tests.support.stage import inline
 from timeline.archive import extent_writer
 from timeline.catalog import branch_log
-from timeline.format import keys, log
+from timeline.format import keys, log, pack_column
 from timeline.maintain import garbage
 
 STATE_EVERY = 8
@@ -25,7 +26,9 @@ STATE_EVERY = 8
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No threads, small batches, and log entries that grow old soon."""
+    """No threads, small batches, log entries that grow old soon, and no object decoded twice."""
+    monkeypatch.setattr(branch_log, "decode_entry", functools.lru_cache(2000)(branch_log.decode_entry))
+    monkeypatch.setattr(pack_column, "packs_named", functools.lru_cache(500)(pack_column.packs_named))
     monkeypatch.setattr(asyncio, "to_thread", inline)
     monkeypatch.setattr(extent_writer, "BATCH_BYTES", 1)
     monkeypatch.setattr(garbage, "_PACK_PREFIXES", tuple(f"{keys.PACKS}{digit:x}" for digit in range(16)))

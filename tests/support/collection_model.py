@@ -131,12 +131,11 @@ class World:
         first.faulty.crash_at, first.faulty.faults = None, Faults()
         await self.stage.play([first.run()])
         cast: list[tuple[str, Callable[[Actor], Awaitable[None]]]] = [
-            *[("backup", back_up)] * draw.randrange(1, 3),
-            *[("archiver", archive)] * 2,
-            *[("sealer", seal_often)] * 2,
-            *[("builder", build)] * draw.randrange(1, 4),
-            *[("reader", read)] * draw.randrange(1, 4),
-            *[("thinner", thin)] * draw.randrange(1, 3),
+            *[("backup", back_up)] * draw.choice((0, 1, 1, 2)),
+            *[("archiver", archive), ("sealer", seal_often)] * draw.choice((0, 1, 1, 2)),
+            *[("builder", build)] * draw.choice((0, 1, 1, 2)),
+            *[("reader", read)] * draw.choice((0, 1, 1, 2)),
+            *[("thinner", thin)] * draw.choice((1, 1, 2)),
             *[("collector", collect_often)] * 2,
         ]
         actors = [Actor(self, f"{name}-{number}", play) for number, (name, play) in enumerate(cast)]
@@ -305,7 +304,7 @@ async def archive(actor: Actor) -> None:
     world = actor.world
     index = WalIndex(Lsn(0), Lsn(0), FIRST, 0, no_commits(), (), no_touches())
     start = int(FIRST)
-    for _ in range(4 + actor.pick(4)):
+    for _ in range(2 + actor.pick(3)):
         end = start + CHUNK_BYTES
         header = ChunkHeader(
             "0" * 32, "main", SYSTEM, 1, Lsn(start), Lsn(end), actor.name, 0, actor.clock.now(), None, ""
@@ -319,7 +318,7 @@ async def archive(actor: Actor) -> None:
 
 
 async def seal_often(actor: Actor) -> None:
-    for _ in range(3):
+    for _ in range(2):
         try:
             if await seal(actor.store, actor.log, actor.clock, force=True, tli=1) is not None:
                 actor.world.seen["sealed"] += 1
@@ -349,7 +348,9 @@ async def back_up(actor: Actor) -> None:
     known = await _extents(actor, newest.pages) if newest is not None else {}
     writer = _writer(actor)
     try:
-        for group in range(1 + actor.pick(4)):
+        for step in range(1 + actor.pick(4)):
+            # A file may be met twice while it is renamed: its later rows count.
+            group = actor.pick(2) if actor.chance(0.3) else step
             mine = KnownGroup(
                 uploaded=(uploaded[group],) if group in uploaded else (),
                 snapshot=(known[group],) if group in known else (),
@@ -455,7 +456,7 @@ async def thin(actor: Actor) -> None:
 
 async def collect_often(actor: Actor) -> None:
     world = actor.world
-    for _ in range(4):
+    for _ in range(3):
         try:
             done = await collecting.collect(actor.store, actor.log, actor.clock, GRACE_SECONDS, _no_progress)
             if done is not None:

@@ -25,6 +25,8 @@ class Stage:
         self.now = now
         self.steps = 0
         self._grace = grace
+        # Where time is slow, a plan sees many changes within its grace; where it is fast, marks are due at once.
+        self._jumps = self.random.choice((0.005, 0.02, 0.08))
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
         self._stopped: dict[str, int] = {}
 
@@ -57,7 +59,7 @@ class Stage:
     def _step(self) -> None:
         self.steps += 1
         self.now += 1_000_000
-        if self.random.random() < 0.05:
+        if self.random.random() < self._jumps:
             self.now += round(self.random.random() * 1.5 * self._grace)
         ready = [one for one in self._waiting if self._stopped.get(one[0], 0) <= self.now]
         if not ready:
