@@ -108,7 +108,7 @@ class InlineExecutor(Executor):
         done: Future[Any] = Future()
         try:
             done.set_result(fn(*args, **kwargs))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (it is the future that raises)
             done.set_exception(error)
         return done
 
