@@ -18,6 +18,7 @@ from tests.support.stage import inline
 from timeline.archive import extent_writer
 from timeline.catalog import branch_log
 from timeline.format import keys, log, pack_column
+from timeline.format.log import decode_entry
 from timeline.maintain import garbage
 
 STATE_EVERY = 8
@@ -27,7 +28,7 @@ STATE_EVERY = 8
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """No threads, small batches, log entries that grow old soon, and no object decoded twice."""
-    monkeypatch.setattr(branch_log, "decode_entry", functools.lru_cache(2000)(branch_log.decode_entry))
+    monkeypatch.setattr(branch_log, "decode_entry", functools.lru_cache(2000)(decode_entry))
     monkeypatch.setattr(pack_column, "packs_named", functools.lru_cache(500)(pack_column.packs_named))
     monkeypatch.setattr(asyncio, "to_thread", inline)
     monkeypatch.setattr(extent_writer, "BATCH_BYTES", 1)

@@ -351,7 +351,7 @@ def test_a_damaged_manifest_is_damage() -> None:
         data = bytearray(await archive.store.get(keys.manifest(ref.digest)))
         data[10] ^= 1
         await archive.store.delete([keys.manifest(ref.digest)])
-        await archive.store.create(keys.manifest(ref.digest), data)
+        await archive.store.create(keys.manifest(ref.digest), bytes(data))
         with pytest.raises(DamagedStore, match="BLAKE3"):
             await found_in(archive)
 
