@@ -363,9 +363,11 @@ class _Archive:
         raise AssertionError("unreachable")
 
     async def _seal(self, store: Store) -> None:
-        """Move chunks into packs whenever due. A failure is said and tried again: archiving does not depend on it."""
+        """Move chunks into packs whenever due, and merge what that leaves in the log. A failure is said and tried
+        again: archiving does not depend on it."""
         from timeline.catalog.branch_log import BranchLog
         from timeline.ids import MAIN
+        from timeline.maintain.merge import merge_sealed
         from timeline.maintain.seal import seal
 
         log = BranchLog(store, MAIN, self._clock, self._clock.token(8))
@@ -373,7 +375,7 @@ class _Archive:
             await self._clock.sleep(SEAL_PAUSE_SECONDS)
             try:
                 while await seal(store, log, self._clock) is not None:
-                    pass
+                    await merge_sealed(store, log, self._clock)
             except TimelineError as error:
                 note(f"tl: sealing: {error.message}; trying again in {SEAL_RETRY_SECONDS:g} s")
                 await self._clock.sleep(SEAL_RETRY_SECONDS)

@@ -62,6 +62,13 @@ class Objective(Duration):
     help="A statement that must give one row with true first; `-- database: NAME` in it says where.",
 )
 @click.option(
+    "--assert",
+    "statements",
+    multiple=True,
+    metavar="SQL",
+    help="The same, as text (default: sql of tl.toml).",
+)
+@click.option(
     "--statement-timeout",
     type=Duration(),
     default="5m",
@@ -69,11 +76,21 @@ class Objective(Duration):
     metavar="DURATION",
     help="Of each --sql.",
 )
-@click.option("--rto", type=Objective(), metavar="DURATION", help="Fail when the first query takes longer.")
+@click.option(
+    "--rto",
+    type=Objective(),
+    metavar="DURATION",
+    help="Fail when the first query takes longer (default: tl.toml).",
+)
 @click.option(
     "--full-rto", type=Objective(), metavar="DURATION", help="Fail when the full copy takes longer."
 )
-@click.option("--rpo", type=Objective(), metavar="DURATION", help="Fail when more than this would be lost.")
+@click.option(
+    "--rpo",
+    type=Objective(),
+    metavar="DURATION",
+    help="Fail when more than this would be lost (default: tl.toml).",
+)
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -98,6 +115,7 @@ def drill_command(
     full: bool,
     heap_all_indexed: bool,
     sql: tuple[Path, ...],
+    statements: tuple[str, ...],
     statement_timeout: float,
     rto: float | None,
     full_rto: float | None,
@@ -148,6 +166,7 @@ def drill_command(
     from restore.drill import DrillRequest, Objectives
     from restore.drill_checks import read_assertion
 
+    plan = settings.operations.drill
     request = DrillRequest(
         store=StoreAddress(settings.need_store(), settings.endpoint_url, settings.region),
         version=f"tl {version('timeline-postgres')}",
@@ -159,10 +178,20 @@ def drill_command(
         mode=mode,
         full=full,
         heap_all_indexed=heap_all_indexed,
-        assertions=tuple(read_assertion(path.name, path.read_bytes()) for path in sql),
+        assertions=(
+            *(read_assertion(path.name, path.read_bytes()) for path in sql),
+            *(
+                read_assertion(f"assertion {number}", statement.encode())
+                for number, statement in enumerate(statements or plan.sql, 1)
+            ),
+        ),
         statement_seconds=statement_timeout,
         source=settings.source,
-        objectives=Objectives(_micros(rto), _micros(full_rto), _micros(rpo)),
+        objectives=Objectives(
+            _micros(rto if rto is not None else plan.rto_seconds),
+            _micros(full_rto),
+            _micros(rpo if rpo is not None else plan.rpo_seconds),
+        ),
     )
     evidence, problems = _drill(request, stop, clock, began, os.environ)
     written = asyncio.run(stop.guard(_keep(settings, evidence, output)))

@@ -32,7 +32,7 @@ from restore.branch_request import (
 from restore.branches import Branches
 from restore.compute import Instance, Postmaster, find_postmaster, kill, launch, stop
 from restore.host import Host, find_host, told_plainly
-from restore.lazy_data import mount_stats, remount_data, unmount_data
+from restore.lazy_data import mount_stats, pin_note, remount_data, unmount_data
 from restore.lazy_host import lazy_obstacle
 from restore.local_branch import COPY, DELETING, LAZY, READY, LocalBranch, Server
 from restore.mount_damage import met_damage
@@ -310,7 +310,8 @@ class HostBranches:
         return "void" if branch.is_void(self.host.boot_id) else "broken"
 
     def _status(self, branch: LocalBranch) -> BranchStatus:
-        return BranchStatus(branch, self._state(branch), dsn_of(_server(branch)))
+        pin = pin_note(self.registry.directory(branch.id)) if branch.mode == LAZY else None
+        return BranchStatus(branch, self._state(branch), dsn_of(_server(branch)), pin)
 
     def _result(
         self, branch: LocalBranch, elapsed_seconds: float, requests: int, fetched_bytes: int

@@ -81,10 +81,11 @@ class PageManifestWriter:
         self._pending.append(row)
         self._last = row
 
-    def finish(self) -> tuple[bytes, ManifestRef]:
-        """The object and the reference to it; the writer cannot be used afterwards."""
+    def finish(self, nonce: str | None = None) -> tuple[bytes, ManifestRef]:
+        """The object and the reference to it; the writer cannot be used afterwards. ``nonce``: as of
+        ``ParquetBuilder.finish``."""
         self._flush()
-        return self._builder.finish()
+        return self._builder.finish(nonce)
 
     def _flush(self) -> None:
         rows = self._pending
@@ -109,25 +110,27 @@ class PageManifestWriter:
         self._pending = []
 
 
-def write_page_manifest(rows: Iterable[PageRow]) -> tuple[bytes, ManifestRef]:
+def write_page_manifest(rows: Iterable[PageRow], *, nonce: str | None = None) -> tuple[bytes, ManifestRef]:
     """One manifest of all the rows, which are few enough for one object (boot sets, deltas)."""
     writer = PageManifestWriter()
     for row in rows:
         writer.append(row)
-    return writer.finish()
+    return writer.finish(nonce)
 
 
-def write_page_manifests(rows: Iterable[PageRow]) -> Iterator[tuple[bytes, ManifestRef]]:
+def write_page_manifests(
+    rows: Iterable[PageRow], *, nonce: str | None = None
+) -> Iterator[tuple[bytes, ManifestRef]]:
     """The rows in as many parts as needed, in order, each about PAGE_MANIFEST_TARGET_BYTES; at least one."""
     writer = PageManifestWriter()
     last: tuple[str, int] | None = None
     for row in rows:
         if writer.full and (row.path, row.group) != last:
-            yield writer.finish()
+            yield writer.finish(nonce)
             writer = PageManifestWriter()
         writer.append(row)
         last = (row.path, row.group)
-    yield writer.finish()
+    yield writer.finish(nonce)
 
 
 class PageRowGroup:
