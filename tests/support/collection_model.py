@@ -129,7 +129,8 @@ class World:
         await opener.append(Begin(incarnation(FIRST), Tli(1, None, FIRST, FIRST, None, None)))
         first = Actor(self, "first", back_up)
         first.faulty.crash_at, first.faulty.faults = None, Faults()
-        await self.stage.play([first.run()])
+        while not self._state.snapshots:
+            await self.stage.play([first.run()])
         cast: list[tuple[str, Callable[[Actor], Awaitable[None]]]] = [
             *[("backup", back_up)] * draw.choice((0, 1, 1, 2)),
             *[("archiver", archive), ("sealer", seal_often)] * draw.choice((0, 1, 1, 2)),
@@ -329,6 +330,12 @@ async def seal_often(actor: Actor) -> None:
 
 
 async def back_up(actor: Actor) -> None:
+    """Once more when it is interrupted."""
+    if not await _back_up(actor):
+        await _back_up(actor)
+
+
+async def _back_up(actor: Actor) -> bool:
     """As basebackup.py does it: compare with the newest snapshot, carry an interrupted try on, progress now and then."""
     world = actor.world
     head = await _begun(actor)
@@ -363,6 +370,8 @@ async def back_up(actor: Actor) -> None:
                 before = commits.began
                 await commits.record(progress, writer)
                 world.seen["began anew"] += commits.began > before
+                if actor.chance(0.2):
+                    return False
         rows = await writer.finish()
     finally:
         await writer.abort()
@@ -370,6 +379,7 @@ async def back_up(actor: Actor) -> None:
     files = await _put(actor, write_file_listing(_files(), nonce=actor.clock.token(NONCE_BYTES)))
     await commits.finish(_snapshot(actor, BASE, files, pages, None))
     world.seen["backed up"] += 1
+    return True
 
 
 async def build(actor: Actor) -> None:
