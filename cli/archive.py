@@ -236,7 +236,6 @@ class _Archive:
     async def run(self) -> ArchiveResult:
         """Until told to stop, or, with ``once``, until everything is stored."""
         from cli.archiver_report import StatusWriter
-        from cli.upload_meter import UploadMeter
         from timeline.archive.runner import Archiver
         from timeline.store.open import open_store
 
@@ -251,8 +250,7 @@ class _Archive:
             clock=self._clock,
         )
         if self._status_descriptor is not None:
-            store = meter = UploadMeter(store, self._clock)
-            self._writer = StatusWriter(self._status_descriptor, self._clock, meter, self._reader_gone)
+            self._writer = StatusWriter(self._status_descriptor, self._clock, self._reader_gone)
         try:
             archiver = Archiver(store, self._config, self._clock, on_status=self._tell)
             streaming = asyncio.create_task(archiver.run(self._stop))
@@ -365,9 +363,11 @@ class _Archive:
         raise AssertionError("unreachable")
 
     async def _seal(self, store: Store) -> None:
-        """Move chunks into packs whenever due. A failure is said and tried again: archiving does not depend on it."""
+        """Move chunks into packs whenever due, and merge what that leaves in the log. A failure is said and tried
+        again: archiving does not depend on it."""
         from timeline.catalog.branch_log import BranchLog
         from timeline.ids import MAIN
+        from timeline.maintain.merge import merge_sealed
         from timeline.maintain.seal import seal
 
         log = BranchLog(store, MAIN, self._clock, self._clock.token(8))
@@ -375,7 +375,7 @@ class _Archive:
             await self._clock.sleep(SEAL_PAUSE_SECONDS)
             try:
                 while await seal(store, log, self._clock) is not None:
-                    pass
+                    await merge_sealed(store, log, self._clock)
             except TimelineError as error:
                 note(f"tl: sealing: {error.message}; trying again in {SEAL_RETRY_SECONDS:g} s")
                 await self._clock.sleep(SEAL_RETRY_SECONDS)

@@ -21,7 +21,6 @@ from timeline.errors import UsageError
 from timeline.lsn import Lsn
 
 if TYPE_CHECKING:
-    from cli.upload_meter import UploadMeter
     from timeline.archive.status import ArchiverStatus
 
 KEY = "archiver"
@@ -36,12 +35,9 @@ _ERROR_CHARACTERS = 600
 class StatusWriter:
     """Writes to an inherited descriptor."""
 
-    def __init__(
-        self, descriptor: int, clock: Clock, meter: UploadMeter, on_reader_gone: Callable[[], None]
-    ) -> None:
+    def __init__(self, descriptor: int, clock: Clock, on_reader_gone: Callable[[], None]) -> None:
         """Raises UsageError when the descriptor is not open."""
         self._clock = clock
-        self._meter = meter
         self._on_reader_gone = on_reader_gone
         self._last: ArchiverState | None = None
         self.gone = False
@@ -58,7 +54,7 @@ class StatusWriter:
 
     def write(self, status: ArchiverStatus, durable: Lsn | None, *, repeat: bool) -> None:
         """Write what is new; with ``repeat`` also what is not."""
-        state = describe(status, durable, self._meter)
+        state = describe(status, durable)
         if self.gone or (state == self._last and not repeat):
             return
         spoken = dataclasses.replace(state, reported_at=self._clock.now())
@@ -85,7 +81,7 @@ def _line(state: ArchiverState) -> bytes:
     return encode({KEY: state}).encode() + b"\n"
 
 
-def describe(status: ArchiverStatus, durable: Lsn | None, meter: UploadMeter) -> ArchiverState:
+def describe(status: ArchiverStatus, durable: Lsn | None) -> ArchiverState:
     """The archiver as its supervisor wants to know it; fits into one pipe-sized line."""
     error = status.error
     if error is not None and status.hint:
@@ -112,9 +108,10 @@ def describe(status: ArchiverStatus, durable: Lsn | None, meter: UploadMeter) ->
         chunks=status.chunks,
         wal_bytes=status.wal_bytes,
         stored_bytes=status.stored_bytes,
-        uploads=meter.uploads,
-        upload_seconds=round(meter.seconds, 6),
-        upload_errors=meter.errors,
+        uploads=status.uploads,
+        upload_seconds=round(status.upload_seconds, 6),
+        upload_errors=status.upload_errors,
+        behind_since=status.behind_since,
         error=error[:_ERROR_CHARACTERS] if error is not None else None,
     )
 

@@ -27,7 +27,7 @@ from timeline.ids import MAIN
 
 if TYPE_CHECKING:
     from restore.branch import HostBranches
-    from restore.branch_request import BranchResult
+    from restore.branch_request import BranchResult, BranchStatus
     from timeline.catalog.when import When
 
 NOW_TIMEOUT_SECONDS = 60.0
@@ -250,11 +250,16 @@ def branches_command(*, as_json: bool) -> None:
                     "expires": iso(status.branch.expires),
                     "protected": status.branch.protected,
                     "dsn": status.dsn,
+                    "pinned_until": iso(status.pin.until) if status.pin else None,
+                    "warnings": _warnings(status),
                 }
                 for status in found
             ]
         )
         return
+    warn(
+        [f"{one.branch.name}: {one.pin.warning}" for one in found if one.pin is not None and one.pin.warning]
+    )
     if not found:
         say("no branches on this host; make one with `tl branch`")
         return
@@ -272,6 +277,11 @@ def branches_command(*, as_json: bool) -> None:
             for status in found
         ),
     )
+
+
+def _warnings(status: BranchStatus) -> list[str]:
+    late = [status.pin.warning] if status.pin is not None and status.pin.warning is not None else []
+    return [*status.branch.warnings, *late]
 
 
 def _as_of(origin: Any) -> str:

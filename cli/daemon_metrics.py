@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from cli.observed import DaemonState
-from timeline.errors import UsageError
 
 
 class MetricsServer(Protocol):
@@ -17,9 +16,12 @@ class MetricsServer(Protocol):
         ...
 
 
-async def start_metrics(address: str, facts: Callable[[], DaemonState]) -> MetricsServer:
-    """Serve ``facts()`` on HOST:PORT. Raises UsageError while this build has no server to serve them with: a
-    setting without an effect would be worse."""
-    raise UsageError(
-        f"daemon.metrics: this build cannot serve metrics on {address}", hint='set it to "off" in [daemon]'
-    )
+async def start_metrics(
+    address: str, facts: Callable[[], DaemonState], environment: Mapping[str, str]
+) -> MetricsServer:
+    """Serve ``facts()`` on HOST:PORT; ``environment``: of the children that ask stores and sources. Raises
+    UsageError, TimelineError."""
+    # Late: a daemon without metrics needs neither the library nor its memory.
+    from cli.metrics_feed import start_metrics as start
+
+    return await start(address, facts, environment=environment)

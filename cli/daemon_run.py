@@ -331,7 +331,7 @@ class Daemon:
 
     async def _start_metrics(self) -> MetricsServer | None:
         address = self._configuration.document.daemon.metrics
-        return await start_metrics(address, self.facts) if address is not None else None
+        return await start_metrics(address, self.facts, self._children) if address is not None else None
 
     def _read_before(self) -> dict[Key, JobState]:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from datetime import tzinfo
 
 from cli.child_process import Ended
+from cli.job_figures import read_figures
 from cli.jobs import Job
 from cli.observed import JobState
 from cli.said import failure_message
@@ -91,6 +92,7 @@ def ended(
         last_success=now if good else state.last_success,
         last_message="" if good else failure_message(end, job.timeout_seconds),
         next_due=due,
+        figures=read_figures("\n".join(end.out)) or state.figures,
     )
 
 

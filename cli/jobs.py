@@ -136,5 +136,5 @@ def _drill(cluster: Cluster) -> list[str]:
     arguments += ["--rto", write_duration(plan.rto_seconds)] if plan.rto_seconds is not None else []
     arguments += ["--rpo", write_duration(plan.rpo_seconds)] if plan.rpo_seconds is not None else []
     for statement in plan.sql:
-        arguments += ["--sql", statement]
+        arguments += ["--assert", statement]
     return [*arguments, "--full"] if plan.full else arguments

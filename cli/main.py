@@ -33,6 +33,8 @@ _COMMANDS = {
     "restore": ("cli.restore", "write a full copy into an empty directory"),
     "verify": ("cli.verify", "check that the store is whole, and what damage endangers"),
     "doctor": ("cli.doctor", "what on source, store and host stands in the way, and its cure"),
+    "drill": ("cli.drill", "prove that recovery works, and keep the evidence"),
+    "gc": ("cli.gc", "delete what nothing in the store needs any more, after a grace period"),
     "demo": ("cli.demo", "all of it in one minute"),
 }
 _HIDDEN = {"expire"}

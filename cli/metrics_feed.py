@@ -16,16 +16,15 @@ import contextlib
 import json
 import os
 import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from cli.facts import Facts, KeptFacts
 from cli.metrics import CONTENT_TYPE, Observed, exposition, is_up, lag_seconds
 from cli.metrics_server import Address, MetricsServer, Pages, Verdict, parse_address
 from cli.observed import ClusterState, DaemonState
 from cli.observed_json import decode
+from cli.own_command import own_command
 from timeline.clock import Clock, SystemClock
 
 FACTS_SECONDS = 60.0
@@ -54,9 +53,7 @@ class Paces:
 
 def facts_command(cluster: ClusterState, *, size: bool, store_id: str | None) -> list[str]:
     """The child that asks about a cluster of tl.toml."""
-    root = os.fspath(Path(__file__).parent.parent)
-    code = f"import sys; sys.path.insert(0, {root!r}); from cli.main import main; main()"
-    command = [sys.executable, "-c", code, "status", "--facts", "--cluster", cluster.cluster]
+    command = [*own_command("status", "--facts", "--cluster", cluster.cluster)]
     command += ["--size"] if size else []
     return command + (["--store-id", store_id] if store_id is not None else [])
 
@@ -72,12 +69,14 @@ class MetricsFeed:
         *,
         paces: Paces | None = None,
         command: Callable[..., Sequence[str]] = facts_command,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """``state`` returns at once and may be called from any thread."""
+        """``state`` returns at once and may be called from any thread; ``environment``: of the children."""
         self._state = state
         self._clock = clock
         self._paces = paces or Paces()
         self._command = command
+        self._environment = environment
         self._kept: tuple[KeptFacts, ...] = ()
         self._sized: dict[str, float] = {}
         """When each cluster's size was last asked for, monotonic."""
@@ -156,21 +155,24 @@ class MetricsFeed:
         command = self._command(cluster, size=size, store_id=identity)
         limit = self._paces.child_size if size else self._paces.child
         try:
-            return kept.with_round(await _run(command, limit))
+            return kept.with_round(await _run(command, limit, self._environment))
         except (OSError, ValueError, TimeoutError) as error:
             return kept.without_answer(str(error) or type(error).__name__)
 
 
 async def start_metrics(
-    address: str, facts: Callable[[], DaemonState | None], clock: Clock | None = None
+    address: str,
+    facts: Callable[[], DaemonState | None],
+    clock: Clock | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> MetricsFeed:
     """Serve what a daemon knows at ``ADDR:PORT``; call ``aclose`` at the end. Raises UsageError, TimelineError."""
-    feed = MetricsFeed(parse_address(address), facts, clock or SystemClock())
+    feed = MetricsFeed(parse_address(address), facts, clock or SystemClock(), environment=environment)
     feed.start()
     return feed
 
 
-async def _run(command: Sequence[str], limit_seconds: float) -> Facts:
+async def _run(command: Sequence[str], limit_seconds: float, environment: Mapping[str, str] | None) -> Facts:
     """What the child says; raises TimeoutError, OSError, ValueError with the reason in one line."""
     child = await asyncio.create_subprocess_exec(
         *command,
@@ -178,6 +180,7 @@ async def _run(command: Sequence[str], limit_seconds: float) -> Facts:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
         limit=CHILD_BYTES,
+        env=environment,
         start_new_session=True,
     )
     try:

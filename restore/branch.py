@@ -32,9 +32,10 @@ from restore.branch_request import (
 from restore.branches import Branches
 from restore.compute import Instance, Postmaster, find_postmaster, kill, launch, stop
 from restore.host import Host, find_host, told_plainly
-from restore.lazy_data import mount_stats, remount_data, unmount_data
+from restore.lazy_data import mount_stats, pin_note, remount_data, unmount_data
 from restore.lazy_host import lazy_obstacle
 from restore.local_branch import COPY, DELETING, LAZY, READY, LocalBranch, Server
+from restore.mount_damage import met_damage
 from restore.process import is_alive
 from restore.threads import to_the_end
 from timeline.catalog.when import AtLsn, When
@@ -64,7 +65,8 @@ class HostBranches:
     async def create(self, request: BranchRequest) -> BranchResult:
         """Make a branch and start it; raises what names the cause, and then leaves nothing behind.
 
-        Where replay cannot begin at a built snapshot it begins at a base backup, and says so.
+        Where replay cannot begin at a built snapshot it begins at a base backup, and says so. A start that fails
+        because the store is damaged raises DamagedStore, whatever Postgres made of it.
         """
         try:
             return await self._create(request)
@@ -109,8 +111,12 @@ class HostBranches:
                     if branch.expires is not None:
                         await self._register_expiry(branch)
                     self.registry.save(branch)
-            except BaseException:
+            except BaseException as error:
+                damages = met_damage(self.registry.directory(branch.id) / "mount.log")
                 await asyncio.shield(self._remove(maker.branch))
+                if damages and isinstance(error, TimelineError):
+                    # Postgres saw no more than an I/O error.
+                    raise damages[0] from error
                 raise
         elapsed = self._clock.monotonic() - began
         requests, fetched = (maker.store.requests, maker.store.fetched_bytes) if maker.store else (0, 0)
@@ -304,7 +310,8 @@ class HostBranches:
         return "void" if branch.is_void(self.host.boot_id) else "broken"
 
     def _status(self, branch: LocalBranch) -> BranchStatus:
-        return BranchStatus(branch, self._state(branch), dsn_of(_server(branch)))
+        pin = pin_note(self.registry.directory(branch.id)) if branch.mode == LAZY else None
+        return BranchStatus(branch, self._state(branch), dsn_of(_server(branch)), pin)
 
     def _result(
         self, branch: LocalBranch, elapsed_seconds: float, requests: int, fetched_bytes: int

@@ -7,6 +7,7 @@ from datetime import UTC, tzinfo
 from urllib.parse import quote, urlencode
 
 from restore.local_branch import LocalBranch, Server
+from restore.pin_keeper import PinNote
 from timeline.catalog.when import When
 from timeline.clock import Micros
 from timeline.errors import UsageError
@@ -108,6 +109,8 @@ class BranchStatus:
     state: str
     """``running``, ``stopped``, ``broken`` (Postgres or its mount died) or ``void`` (lost with a reboot)."""
     dsn: str
+    pin: PinNote | None = None
+    """How long the store keeps for it what it reads; ``None`` for copies, and while nothing is known."""
 
 
 def dsn_of(server: Server, *, database: str = "postgres") -> str:

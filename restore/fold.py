@@ -35,6 +35,7 @@ from restore.page_index import Piece, runs_of
 from timeline.archive.extent_writer import UNKNOWN, ExtentWriter, Group
 from timeline.archive.page_runs import Run, read_rows, write_run
 from timeline.catalog.parallel import in_order
+from timeline.clock import Clock
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS, GROUP_BYTES, ExtentRef
 from timeline.format.file_listing import FileListing
 from timeline.format.manifest import FileRow, ManifestRef, PageRow
@@ -134,6 +135,7 @@ async def fold_deltas(
     store: Store,
     store_id: str,
     threads: Executor,
+    clock: Clock,
     fetcher: Fetcher,
     pages: tuple[ManifestRef, ...],
     listing: FileListing,
@@ -161,8 +163,8 @@ async def fold_deltas(
     if due is None:
         return pages
     older = tiers[: 1 + due.start]
-    fold = _Fold(store, store_id, threads, fetcher, listing, read)
-    folded = await write_run(store, threads, fold.rows(deltas[due.start :]))
+    fold = _Fold(store, store_id, threads, clock, fetcher, listing, read)
+    folded = await write_run(store, threads, clock, fold.rows(deltas[due.start :]))
     return (
         *(ref for tier in older for ref in tier),
         *(replace(ref, lsn=deltas[-1].lsn) for ref in folded if ref.rows),
@@ -197,6 +199,7 @@ class _Fold:
     store: Store
     store_id: str
     threads: Executor
+    clock: Clock
     fetcher: Fetcher
     listing: FileListing
     read: ReadFile
@@ -264,6 +267,7 @@ class _Fold:
             self.store,
             self.store_id,
             self.threads,
+            self.clock,
             pack_bytes=PACK_BYTES,
             divert=lambda _: False,
             finished=lambda _: None,

@@ -123,11 +123,6 @@ def told_plainly() -> Iterator[None]:
         raise TimelineError(f"{where}{error.strerror or error}") from error
 
 
-def state_directory(environ: Mapping[str, str]) -> Path:
-    """Where this user's state is kept, whether it exists yet or not."""
-    return _directories(environ, os.geteuid())[0]
-
-
 def _directories(environ: Mapping[str, str], uid: int) -> tuple[Path, Path]:
     home = Path(environ.get("HOME") or pwd.getpwuid(uid).pw_dir)
     if environ.get("TL_STATE"):

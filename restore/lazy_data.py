@@ -11,9 +11,13 @@ from restore.local_branch import LocalBranch
 from restore.mount_control import refresh_stats
 from restore.mount_spec import MountSpec, MountStats, encode_spec, read_stats
 from restore.overlay import Overlay
+from restore.pin_keeper import PinNote, read_note
 from restore.threads import to_the_end
 from timeline.errors import TimelineError
 from timeline.format.log import Snapshot
+
+PIN = "pin.json"
+"""In the branch's directory: what its mount says of its pin."""
 
 
 def make_overlay(directory: Path) -> Overlay:
@@ -45,6 +49,9 @@ async def mount_data(
         stats=str(directory / "stats.json"),
         cache=str(host.cache),
         cache_bytes=cache_bytes,
+        expires=branch.expires,
+        pin=str(directory / PIN),
+        name=branch.name,
     )
     (directory / "mount.json").write_bytes(encode_spec(spec))
     await to_the_end(lambda: agent.mount(host.state, directory / "mount.json"))
@@ -58,6 +65,11 @@ async def remount_data(directory: Path, host: Host) -> None:
 async def unmount_data(directory: Path, host: Host) -> None:
     """Unmount, also what a killed mount left; no error when nothing is mounted."""
     await to_the_end(lambda: agent.unmount(host.state, directory / "data"))
+
+
+def pin_note(directory: Path) -> PinNote | None:
+    """How long its snapshot is kept for it; ``None`` when its mount has not said so (yet)."""
+    return read_note(directory / PIN)
 
 
 def mount_stats(directory: Path) -> MountStats | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Sequence
 
-from timeline.store.base import Listed, Store
+from timeline.store.base import Listed, Refused, Store
 
 
 class MeteredStore:
@@ -34,9 +34,9 @@ class MeteredStore:
         self.requests += 1
         return await self._store.list(prefix, after=after, limit=limit)
 
-    async def delete(self, keys: Sequence[str]) -> None:
+    async def delete(self, keys: Sequence[str]) -> Sequence[Refused]:
         self.requests += 1
-        await self._store.delete(keys)
+        return await self._store.delete(keys)
 
     async def aclose(self) -> None:
         await self._store.aclose()

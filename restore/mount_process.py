@@ -33,6 +33,7 @@ from restore.fuse_loop import pyfuse3
 from restore.mount import MountOperations
 from restore.mount_spec import MountSpec, MountStats, decode_spec
 from restore.overlay import Overlay
+from restore.pin_keeper import keep_pinned
 from restore.source import ExtentSource
 from restore.tree import Tree
 from timeline.catalog.branch_log import read_head
@@ -54,6 +55,8 @@ IDLE_SECONDS = 10.0
 """A mount that was asked for nothing for so long keeps no extents in memory: a host runs many."""
 DETACHED_SECONDS = 3.0
 """How long a detached mount goes on serving whoever still has files open."""
+PIN_DELAY_SECONDS = 3.0
+"""A branch starts before it is pinned: collection is hours away, and its user waits."""
 _IDLE_WORKERS = 8
 _LOG_BYTES = 16 << 20
 """A log longer than this at the start of a mount is begun anew."""
@@ -101,6 +104,7 @@ async def serve(spec: MountSpec, clock: Clock, ready: Ready) -> None:
             async with (
                 _background(stats.write_regularly(clock)),
                 _background(_rest_when_idle(fetcher, operations, clock)),
+                _background(_keep_pinned(store, spec, clock)),
                 _stopping(spec.mountpoint, clock),
             ):
                 await pyfuse3.main(min_tasks=_IDLE_WORKERS)
@@ -184,6 +188,22 @@ async def _rest_when_idle(fetcher: Fetcher, operations: MountOperations, clock: 
             if trim is not None:
                 trim(0)
         seen = now
+
+
+async def _keep_pinned(store: Store, spec: MountSpec, clock: Clock) -> None:
+    """Once Postgres has had the store to itself for its start."""
+    if spec.pin is None:
+        return
+    await clock.sleep(PIN_DELAY_SECONDS)
+    await keep_pinned(
+        store,
+        clock,
+        branch=spec.branch,
+        snapshot=spec.snapshot,
+        expires=spec.expires,
+        note=spec.pin,
+        named=spec.name,
+    )
 
 
 async def _fetch_boot_set(source: ExtentSource) -> int:

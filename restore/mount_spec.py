@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from timeline.clock import Micros
 from timeline.errors import TimelineError
 from timeline.format.log import Snapshot
 from timeline.format.value_json import from_json, to_json
@@ -41,6 +42,12 @@ class MountSpec:
     region: str | None = None
     branch: str = MAIN
     """Branch of the store whose log names the snapshot."""
+    expires: Micros | None = None
+    """When the branch does; ``None``: never."""
+    pin: str | None = None
+    """File that tells of its pin in the store (see PinNote); ``None``: nothing is pinned."""
+    name: str = ""
+    """What people call the branch."""
     patience_seconds: int = 90
     """How long a read waits for a store that does not answer before it fails with EIO."""
 

@@ -194,8 +194,9 @@ def _check_envelope(key: str, envelope: Json) -> None:
 
 
 def _check_features(key: str, features: list[str]) -> None:
-    if features:
-        raise RescueError(f"{key}: needs features that this reader does not know: {', '.join(features)}")
+    unknown = [feature for feature in features if feature != "collection"]  # binds writers only [COL-9]
+    if unknown:
+        raise RescueError(f"{key}: needs features that this reader does not know: {', '.join(unknown)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,9 +259,28 @@ def apply_change(state: Json, change: Json) -> None:
             state["progress"] = None
     elif kind == "drop_snapshots":
         state["snapshots"] = [one for one in state["snapshots"] if one["id"] not in change["ids"]]
+    elif kind == "forget_wal":
+        state["sealed"] = [
+            one
+            for one in state["sealed"]
+            if not any(
+                one["tli"] == gone["tli"]
+                and gone.get("start", 0) <= one["start"]
+                and one["end"] <= gone["below"]
+                for gone in change["ranges"]
+            )
+        ]
+    elif kind == "merge_sealed":
+        merged = change["merged"]
+        state["sealed"] = [
+            one
+            for one in state["sealed"]
+            if one["tli"] != merged["tli"] or one["start"] < merged["start"] or one["end"] > merged["end"]
+        ]
+        state["sealed"].append(merged)
     elif kind == "record_gap":
         state["gaps"].append(change["gap"])
-    elif kind not in ("record_progress", "cover"):
+    elif kind not in ("record_progress", "cover", "mark", "collect"):
         raise RescueError(f"change {kind!r} in the branch log is not known to this reader")
 
 

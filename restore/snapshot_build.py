@@ -59,12 +59,13 @@ from timeline.catalog.meta import read_meta
 from timeline.catalog.target import Target
 from timeline.catalog.when import AtLsn, Latest
 from timeline.clock import Clock
-from timeline.errors import CheckFailed, LogConflict, Unavailable, UsageError
+from timeline.errors import CheckFailed, LogConflict, Superseded, Unavailable, UsageError
 from timeline.format import keys
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS
 from timeline.format.file_listing import FileListing, read_file_listing, write_file_listing
 from timeline.format.log import BUILT, AddSnapshot, DropSnapshots, Snapshot, Tablespace
 from timeline.format.manifest import FileRow, ManifestRef, PageRow
+from timeline.format.pack import NONCE_BYTES
 from timeline.format.page_manifest import read_page_rows, write_page_manifests
 from timeline.format.wal_index import EventKind
 from timeline.ids import MAIN
@@ -246,7 +247,7 @@ class _Builder:
         self, history: History, store_id: str, target: Target, branch: LocalBranch
     ) -> Build:
         """From a stopped builder to the log entry."""
-        parent = target.snapshot
+        parent, began = target.snapshot, history.number
         if branch.origin is None or branch.origin.snapshot_id != parent.id:
             return Build(None, "another snapshot was committed meanwhile")
         listing = await read_listing(self._store, parent)
@@ -259,7 +260,7 @@ class _Builder:
             fetcher = Fetcher(self._store, cache, self._clock, threads, counters)
             try:
                 source = ExtentSource(parent, fetcher)
-                storing = _Storing(self._store, store_id, threads, overlay, source, listing, target)
+                storing = _Storing(self._store, store_id, threads, overlay, source, listing, target, began)
                 return await storing.run(self._log(), self._clock)
             finally:
                 await fetcher.aclose()
@@ -281,8 +282,11 @@ class _Storing:
         source: ExtentSource,
         listing: FileListing,
         target: Target,
+        began: int,
     ) -> None:
+        """``began``: number of the log entry that the target was found in."""
         self._store = store
+        self._began = began
         self._store_id = store_id
         self._threads = threads
         self._overlay = overlay
@@ -296,11 +300,12 @@ class _Storing:
 
     async def run(self, log: BranchLog, clock: Clock) -> Build:
         previous = await self._boot_rows()
-        boot = BootPack(self._store_id, {(row.path, row.group): row.extent for row in previous})
+        boot = BootPack(self._store_id, clock, {(row.path, row.group): row.extent for row in previous})
         writer = ExtentWriter(
             self._store,
             self._store_id,
             self._threads,
+            clock,
             pack_bytes=_PACK_BYTES,
             divert=boot.take,
             finished=lambda _: None,
@@ -321,11 +326,13 @@ class _Storing:
         finally:
             await writer.abort()
         boot_rows, boot_ref, boot_bytes = await boot.finish(self._store)
-        pages = await self._write_pages([*rows, *boot_rows])
-        data, files = await asyncio.to_thread(write_file_listing, self._rows)
+        pages = await self._write_pages([*rows, *boot_rows], clock.token(NONCE_BYTES))
+        data, files = await asyncio.to_thread(write_file_listing, self._rows, nonce=clock.token(NONCE_BYTES))
         await create_named(self._store, keys.manifest(files.digest), data)
         snapshot = self._snapshot(clock, files, (*self._parent.pages, *pages), boot_ref)
-        snapshot = await self._folded(snapshot, await asyncio.to_thread(read_file_listing, data, files))
+        snapshot = await self._folded(
+            clock, snapshot, await asyncio.to_thread(read_file_listing, data, files)
+        )
         build = Build(
             snapshot,
             "",
@@ -342,7 +349,9 @@ class _Storing:
         if any(one.kind == BUILT and one.tli == snapshot.tli and one.lsn >= snapshot.lsn for one in known):
             return dataclasses.replace(build, snapshot=None, reason="another builder was faster")
         try:
-            newest = await log.append(AddSnapshot(snapshot))
+            newest = await log.append(AddSnapshot(snapshot, self._began))
+        except Superseded as error:
+            raise Unavailable(f"the snapshot took too long: {error.message}", hint=error.hint) from error
         except LogConflict as error:
             return dataclasses.replace(build, snapshot=None, reason=str(error))
         if dropped := superfluous(newest.state.snapshots):
@@ -351,7 +360,7 @@ class _Storing:
                 await log.append(DropSnapshots(dropped))
         return build
 
-    async def _folded(self, snapshot: Snapshot, listing: FileListing) -> Snapshot:
+    async def _folded(self, clock: Clock, snapshot: Snapshot, listing: FileListing) -> Snapshot:
         """The same, with few enough page manifests for its readers.
 
         Folding waits until there are too many: groups that many snapshots changed are then stored anew once, and
@@ -365,6 +374,7 @@ class _Storing:
             self._store,
             self._store_id,
             self._threads,
+            clock,
             fetcher,
             snapshot.pages,
             listing,
@@ -505,10 +515,10 @@ class _Storing:
             full_page_writes=full_page_writes,
         )
 
-    async def _write_pages(self, rows: list[PageRow]) -> tuple[ManifestRef, ...]:
+    async def _write_pages(self, rows: list[PageRow], nonce: str) -> tuple[ManifestRef, ...]:
         if not rows:
             return ()
-        written = await asyncio.to_thread(lambda: list(write_page_manifests(sort_rows(rows))))
+        written = await asyncio.to_thread(lambda: list(write_page_manifests(sort_rows(rows), nonce=nonce)))
         for data, ref in written:
             await create_named(self._store, keys.manifest(ref.digest), data)
         return tuple(dataclasses.replace(ref, lsn=self._lsn) for _, ref in written)

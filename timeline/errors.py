@@ -69,6 +69,19 @@ class LogConflict(TimelineError):
     anew."""
 
 
+class Superseded(LogConflict):
+    """Garbage collection has passed the moment at which a writer began: what it made may be deleted, so nothing of
+    it may be committed. Begun anew, the work succeeds."""
+
+    exit_code = 7
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message,
+            hint="it was under way for longer than garbage collection waits; run it again",
+        )
+
+
 class UnknownFeature(TimelineError):
     """The store, or an object of it, uses a feature this version does not know; the message names it."""
 

@@ -17,13 +17,17 @@ CASES = json.loads(DAMAGE.read_text())
 UNNOTICED = {"log entry/deleted", "chunk/deleted"}
 """Without its newest entry or chunk a store is what it was a moment before: only who remembers could tell."""
 
-ADDED_SINCE = {log.DropSnapshots}
+ADDED_SINCE = {log.DropSnapshots, log.ForgetWal, log.MergeSealed, log.Mark, log.Collect}
 """Kinds of change that are younger than this golden store, which stays as it was committed."""
 
 
 def test_golden_store_reads_as_it_did() -> None:
     """[COM-1]: log, state, files, WAL and indexes, down to the last byte."""
-    assert GoldenReader(OBJECTS).read() == json.loads(EXPECTED.read_text())
+    found = GoldenReader(OBJECTS).read()
+    # Members that are younger than this store have their defaults.
+    assert found["state"].pop("collection") == {"mark": None, "collected": 0, "last": None}
+    assert {entry["change"].pop("began", None) for entry in found["entries"]} == {None}
+    assert found == json.loads(EXPECTED.read_text())
     assert rescue_error(OBJECTS) is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,16 @@ def fill(server: PostgresServer, host: Host) -> None:
     host.tl("archive", "--once")
 
 
+def told_of(reader: Host) -> str:
+    """What the only branch is said to be in danger of, once its mount knows."""
+    for _ in range(300):
+        (branch,) = reader.branches()
+        if branch["warnings"]:
+            return " ".join(branch["warnings"])
+        time.sleep(0.1)
+    return ""
+
+
 def read_all(server: PostgresServer, reader: Host, home: Path) -> None:
     """Every command that reads: status, both modes of a branch and its life, restore."""
     assert reader.tl("status")["recoverable"]
@@ -46,6 +57,8 @@ def read_all(server: PostgresServer, reader: Host, home: Path) -> None:
             with psycopg.connect(result["dsn"], autocommit=True) as conn:
                 assert conn.execute("select count(*) from t").fetchone() == (ROWS,)
                 conn.execute("insert into t values (0)")
+            if mode == "lazy":
+                assert "nothing pins its snapshot" in told_of(reader)
             reader.tl("stop", "look")
             reader.tl("start", "look")
             assert [each["name"] for each in reader.branches()] == ["look"]

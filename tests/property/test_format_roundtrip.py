@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support import format_values as values
+from timeline.errors import DamagedStore
 from timeline.format import keys, log
 from timeline.format.chunk import HEADER_READ_BYTES, ChunkHeader, decode_chunk, decode_layout, encode_chunk
 from timeline.format.digest import hex_digest_of
 from timeline.format.extent import GROUP_BYTES, ExtentRef, decode_extent, encode_extent
 from timeline.format.file_listing import read_file_listing, split, write_file_listing
 from timeline.format.manifest import FileRow, PageRow, WalFrame
+from timeline.format.mark import MarkObject, decode_mark, encode_mark
 from timeline.format.meta import StoreMeta, decode_meta, encode_meta
 from timeline.format.pack import EXTENTS, PackBuilder, verify_pack
 from timeline.format.page_manifest import open_footer, read_page_rows, write_page_manifest
+from timeline.format.pin import Pin, decode_pin, encode_pin
 from timeline.format.wal_index import Coverage, WalIndex
 from timeline.format.wal_manifest import read_wal_manifest, write_wal_manifest
 from timeline.lsn import Lsn
@@ -137,3 +141,30 @@ def test_keys(branch: str, tli: int, start: int, number: int) -> None:
     assert keys.parse_chunk(keys.chunk(branch, tli, start)) == keys.ChunkKey(branch, tli, Lsn(start))
     assert keys.parse_log_entry(keys.log_entry(branch, number)) == (branch, number)
     assert keys.log_entry(branch, number + 1) < keys.log_entry(branch, number)
+
+
+@given(values.pins)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_pin(pin: Pin) -> None:
+    """[PIN-1]: complete, and only under its own name."""
+    data = encode_pin(pin)
+    assert decode_pin(data, keys.pin(pin.id)) == pin
+    with pytest.raises(DamagedStore, match="expected this key's pin"):
+        decode_pin(data, keys.pin("00" * 16))
+
+
+@given(values.marks)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_mark(mark: MarkObject) -> None:
+    data = encode_mark(mark)
+    assert decode_mark(data, keys.mark(mark.id)) == mark
+    with pytest.raises(DamagedStore, match="expected this key's mark"):
+        decode_mark(data, keys.mark("00" * 16))
+
+
+@given(st.binary(min_size=32, max_size=32).map(bytes.hex), st.binary(min_size=16, max_size=16).map(bytes.hex))
+def test_keys_of_what_is_collected(digest: str, token: str) -> None:
+    assert keys.parse_pack(keys.pack(digest)) == digest
+    assert keys.parse_manifest(keys.manifest(digest)) == digest
+    assert keys.parse_pin(keys.pin(token)) == token
+    assert keys.parse_mark(keys.mark(token)) == token

@@ -41,6 +41,9 @@ NOON = 1_768_910_400_000_000
 """2026-01-20 12:00:00 UTC."""
 SECOND = 1_000_000
 
+SNAPSHOT_MANIFEST_BYTES = 16
+"""What stands for the manifest of a snapshot of nothing; all others are longer."""
+
 _NO_MANIFEST = ManifestRef("0" * 64, 0, 0, 0, "0" * 64)
 
 
@@ -202,6 +205,7 @@ class Archive:
             parent=None,
             bytes=0,
         )
+        await self.store.create(keys.manifest(_NO_MANIFEST.digest), bytes(SNAPSHOT_MANIFEST_BYTES))
         await self.log.append(AddSnapshot(snapshot))
         return snapshot
 

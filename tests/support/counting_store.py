@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Sequence
 
-from timeline.store.base import Listed, Store
+from timeline.store.base import Listed, Refused, Store
 
 
 class CountingStore:
@@ -37,8 +37,8 @@ class CountingStore:
     async def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> builtins.list[Listed]:
         return await self._inner.list(prefix, after=after, limit=limit)
 
-    async def delete(self, keys: Sequence[str]) -> None:
-        await self._inner.delete(keys)
+    async def delete(self, keys: Sequence[str]) -> Sequence[Refused]:
+        return await self._inner.delete(keys)
 
     async def aclose(self) -> None:
         await self._inner.aclose()

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from timeline.format import log
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS, ExtentRef
 from timeline.format.manifest import FileRow, ManifestRef, PageRow, WalFrame
+from timeline.format.mark import Garbage, MarkObject, VoidChunks, VoidEntries
 from timeline.format.meta import StoreMeta
+from timeline.format.pin import Pin
 from timeline.format.wal_index import (
     COMMIT_DTYPE,
     TOUCH_DTYPE,
@@ -122,6 +124,34 @@ snapshots = st.builds(
 gaps = st.builds(log.Gap, tli=tlis, start=lsns, end=lsns, reason=names)
 progresses = st.builds(log.BackupProgress, id=names, manifests=_some(manifest_refs), bytes=counts, at=micros)
 
+numbers = st.none() | counts
+collections = st.builds(
+    log.Collection,
+    mark=st.none() | st.builds(log.OpenMark, id=names, head=counts, at=micros),
+    collected=counts,
+    last=st.none() | names,
+)
+pins = st.builds(
+    Pin,
+    id=st.binary(min_size=16, max_size=16).map(bytes.hex),
+    branch=branches,
+    snapshot=snapshots,
+    until=micros,
+    created=micros,
+    host=names,
+    sealed=_some(sealed_ranges),
+)
+marks = st.builds(
+    MarkObject,
+    id=st.binary(min_size=16, max_size=16).map(bytes.hex),
+    branch=branches,
+    head=counts,
+    at=micros,
+    garbage=st.lists(st.builds(Garbage, key=names, size=counts), max_size=3).map(tuple),
+    chunks=_some(st.builds(VoidChunks, tli=tlis, below=lsns, objects=counts, bytes=counts)),
+    entries=st.builds(VoidEntries, below=counts, objects=counts, bytes=counts),
+)
+
 
 def states(branch: str) -> st.SearchStrategy[log.BranchState]:
     """States of that branch; not necessarily ones that changes could lead to."""
@@ -137,6 +167,7 @@ def states(branch: str) -> st.SearchStrategy[log.BranchState]:
         gaps=_some(gaps),
         coverage=st.none() | coverages,
         progress=st.none() | progresses,
+        collection=collections,
     )
 
 
@@ -144,12 +175,16 @@ changes: st.SearchStrategy[log.Change] = st.one_of(
     st.builds(log.ClaimEpoch, epoch=counts),
     st.builds(log.Begin, incarnation=incarnations, tli=tli_values),
     st.builds(log.SwitchTli, closed=tlis, end=lsns, opened=tli_values),
-    st.builds(log.Seal, sealed=sealed_ranges, coverage=st.none() | coverages),
-    st.builds(log.AddSnapshot, snapshot=snapshots),
-    st.builds(log.RecordProgress, progress=st.none() | progresses),
+    st.builds(log.Seal, sealed=sealed_ranges, coverage=st.none() | coverages, began=numbers),
+    st.builds(log.AddSnapshot, snapshot=snapshots, began=numbers),
+    st.builds(log.RecordProgress, progress=st.none() | progresses, began=numbers),
     st.builds(log.Cover, coverage=coverages),
     st.builds(log.RecordGap, gap=gaps),
     st.builds(log.DropSnapshots, ids=_some(st.text(max_size=8), 2)),
+    st.builds(log.ForgetWal, ranges=_some(st.builds(log.Forgotten, tli=tlis, below=lsns, start=lsns))),
+    st.builds(log.MergeSealed, merged=sealed_ranges, began=numbers),
+    st.builds(log.Mark, id=names, head=counts, at=micros, after=st.none() | names),
+    st.builds(log.Collect, id=names),
 )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from timeline.clock import Clock
 from timeline.errors import Unavailable
-from timeline.store.base import Listed, Store
+from timeline.store.base import Listed, Refused, Store
 
 
 class GatedStore:
@@ -62,8 +62,8 @@ class GatedStore:
     async def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> builtins.list[Listed]:
         return await self._inner.list(prefix, after=after, limit=limit)
 
-    async def delete(self, keys: Sequence[str]) -> None:
-        await self._inner.delete(keys)
+    async def delete(self, keys: Sequence[str]) -> Sequence[Refused]:
+        return await self._inner.delete(keys)
 
     async def aclose(self) -> None:
         await self._inner.aclose()

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from timeline.archive.backup_commits import BackupCommits
 from timeline.archive.backup_compare import Comparison, Differences
 from timeline.archive.backup_facts import BackupFacts, read_clock, read_facts
 from timeline.archive.backup_files import CONTROL_FILE
@@ -39,23 +40,22 @@ from timeline.archive.extent_writer import Encoded, ExtentWriter, create_named
 from timeline.archive.known_pages import open_known
 from timeline.archive.page_runs import PageRuns, join_runs
 from timeline.archive.tar_stream import BackupStreamError
-from timeline.catalog.branch_log import BranchLog
+from timeline.catalog.branch_log import BranchLog, LogHead
 from timeline.catalog.meta import read_meta
 from timeline.clock import Clock
-from timeline.errors import CheckFailed, Unavailable, UsageError
+from timeline.errors import CheckFailed, Superseded, Unavailable, UsageError
 from timeline.format import keys
 from timeline.format.extent import ExtentRef
 from timeline.format.file_listing import read_file_listing, write_file_listing
 from timeline.format.log import (
     BASE,
-    AddSnapshot,
     BackupProgress,
     BranchState,
-    RecordProgress,
     Snapshot,
     Tablespace,
 )
 from timeline.format.manifest import ManifestRef, PageRow
+from timeline.format.pack import NONCE_BYTES
 from timeline.format.page_manifest import read_page_rows
 from timeline.lsn import Lsn
 from timeline.pg.backup_label import BackupLabel, parse_backup_label
@@ -168,8 +168,13 @@ async def take_base_backup(
     with ThreadPoolExecutor(options.threads, "tl-backup") as threads:
         facts = await read_facts(conninfo)
         async with open_backup_stream(conninfo, silence_seconds=options.silence_seconds) as stream:
-            backup = _Backup(store, meta.store_id, log, clock, options, on_status, threads, facts)
-            return await backup.run(conninfo, stream, head.state, rate_kb)
+            backup = _Backup(store, meta.store_id, log, head, clock, options, on_status, threads, facts)
+            try:
+                return await backup.run(conninfo, stream, head, rate_kb)
+            except Superseded as error:
+                raise Unavailable(
+                    f"the base backup took too long: {error.message}", hint=error.hint
+                ) from error
 
 
 class _Backup:
@@ -180,6 +185,7 @@ class _Backup:
         store: Store,
         store_id: str,
         log: BranchLog,
+        head: LogHead,
         clock: Clock,
         options: BackupOptions,
         on_status: Callable[[BackupStatus], None],
@@ -188,7 +194,6 @@ class _Backup:
     ) -> None:
         self._store = store
         self._store_id = store_id
-        self._log = log
         self._clock = clock
         self._options = options
         self._on_status = on_status
@@ -199,21 +204,24 @@ class _Backup:
         self._pinned_packs = 0
         self._carried: tuple[ManifestRef, ...] = ()
         self._progress_id = clock.token(8)
-        self._runs = PageRuns(store, threads)
+        self._runs = PageRuns(store, threads, clock)
+        self._commits = BackupCommits(log, head, _newest(head.state))
         self._groups = self._reused = self._resumed = 0
         self._intake: Intake | None = None
 
     async def run(
-        self, conninfo: str, stream: BackupStream, state: BranchState, rate_kb: int | None
+        self, conninfo: str, stream: BackupStream, head: LogHead, rate_kb: int | None
     ) -> BackupReport:
         """From the connection to the log entry."""
+        state = head.state
         await self._check_system(stream, state)
-        snapshot = state.snapshots[-1] if state.snapshots else None
-        boot = BootPack(self._store_id, await self._boot_extents(snapshot))
+        snapshot = _newest(state)
+        boot = BootPack(self._store_id, self._clock, await self._boot_extents(snapshot))
         writer = ExtentWriter(
             self._store,
             self._store_id,
             self._threads,
+            self._clock,
             pack_bytes=self._options.pack_bytes,
             divert=boot.take,
             finished=self._count,
@@ -242,7 +250,7 @@ class _Backup:
         pages = await self._runs.finish([*rows, *boot_rows])
         pages = tuple(replace(ref, lsn=label.start) for ref in pages)
         intake.count_removed()
-        data, files = write_file_listing(intake.files.values())
+        data, files = write_file_listing(intake.files.values(), nonce=self._clock.token(NONCE_BYTES))
         await create_named(self._store, keys.manifest(files.digest), data)
         added = Snapshot(
             id=self._clock.token(8),
@@ -266,7 +274,7 @@ class _Backup:
             bytes=sum(row.size for row in intake.files.values()),
             checksum_failures=end.checksum_failures,
         )
-        await self._log.append(AddSnapshot(added))
+        await self._commits.finish(added)
         return BackupReport(
             snapshot=added,
             resumed=bool(self._carried),
@@ -319,10 +327,8 @@ class _Backup:
         uploaded = None
         if progress is not None and progress.manifests:
             self._progress_id = progress.id
-            self._carried = await join_runs(self._store, self._threads, progress.manifests)
-            await self._log.append(
-                RecordProgress(replace(progress, manifests=self._carried, at=self._clock.now()))
-            )
+            self._carried = await join_runs(self._store, self._threads, self._clock, progress.manifests)
+            await self._commits.carry_on(replace(progress, manifests=self._carried, at=self._clock.now()))
             uploaded = await open_known(self._store, self._threads, self._carried)
         if snapshot is None:
             intake.know(uploaded, None)
@@ -369,7 +375,7 @@ class _Backup:
         manifests = (*self._carried, *self._runs.manifests)
         at = self._clock.now()
         progress = BackupProgress(self._progress_id, manifests, writer.uploaded_bytes, at)
-        await self._log.append(RecordProgress(progress))
+        await self._commits.record(progress, writer)
         self._pinned_at = self._clock.monotonic()
         self._pinned_packs = writer.packs
 
@@ -410,6 +416,11 @@ class _Backup:
             f"the server found {end.checksum_failures} pages with wrong checksums: {seen or 'see its log'}",
             hint="repair the source, or accept broken pages with allow_checksum_failures",
         )
+
+
+def _newest(state: BranchState) -> Snapshot | None:
+    """The snapshot that a backup is compared with."""
+    return state.snapshots[-1] if state.snapshots else None
 
 
 def _label_of(intake: Intake, stream: BackupStream) -> BackupLabel:

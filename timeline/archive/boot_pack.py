@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from timeline.archive.boot_set import BootBudget
 from timeline.archive.extent_writer import Encoded, create_named
+from timeline.clock import Clock
 from timeline.format import keys
 from timeline.format.extent import ExtentRef
 from timeline.format.manifest import ManifestRef, PageRow
-from timeline.format.pack import EXTENTS, PackBuilder
+from timeline.format.pack import EXTENTS, NONCE_BYTES, PackBuilder
 from timeline.format.page_manifest import write_page_manifest
 from timeline.store.base import Store
 
@@ -31,9 +32,10 @@ class _Taken:
 class BootPack:
     """Takes extents until its budget is spent."""
 
-    def __init__(self, store_id: str, previous: Mapping[tuple[str, int], ExtentRef]) -> None:
+    def __init__(self, store_id: str, clock: Clock, previous: Mapping[tuple[str, int], ExtentRef]) -> None:
         """``previous``: (path, group) → extent of the newest snapshot's boot set."""
         self._store_id = store_id
+        self._clock = clock
         self._previous = previous
         self._budget = BootBudget()
         self._taken: dict[tuple[str, int], _Taken] = {}
@@ -59,7 +61,7 @@ class BootPack:
         rows, uploaded = self._reused(), 0
         if rows is None:
             rows, uploaded = await self._store(store)
-        data, ref = write_page_manifest(rows)
+        data, ref = write_page_manifest(rows, nonce=self._clock.token(NONCE_BYTES))
         await create_named(store, keys.manifest(ref.digest), data)
         return rows, ref, uploaded
 
@@ -73,7 +75,7 @@ class BootPack:
         return rows
 
     async def _store(self, store: Store) -> tuple[list[PageRow], int]:
-        builder = PackBuilder(self._store_id, EXTENTS)
+        builder = PackBuilder(self._store_id, EXTENTS, nonce=self._clock.token(NONCE_BYTES))
         # Databases made from one template share most of their catalogs' bytes.
         offsets: dict[bytes, int] = {}
         for _, taken in sorted(self._taken.items(), key=_place):

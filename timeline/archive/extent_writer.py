@@ -22,12 +22,13 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 from timeline.archive.backup_compare import explained_by_lsn
+from timeline.clock import Clock
 from timeline.errors import DamagedStore
 from timeline.format import keys
 from timeline.format.digest import digest_of
 from timeline.format.extent import BLOCK_BYTES, ExtentRef, encode_extent
 from timeline.format.manifest import PageRow
-from timeline.format.pack import EXTENTS, PackBuilder
+from timeline.format.pack import EXTENTS, NONCE_BYTES, PackBuilder
 from timeline.lsn import Lsn
 from timeline.store.base import Store
 
@@ -135,6 +136,7 @@ class ExtentWriter:
         store: Store,
         store_id: str,
         threads: Executor,
+        clock: Clock,
         *,
         pack_bytes: int,
         divert: Callable[[Encoded], bool],
@@ -145,13 +147,14 @@ class ExtentWriter:
         self._store = store
         self._store_id = store_id
         self._threads = threads
+        self._clock = clock
         self._pack_bytes = pack_bytes
         self._divert = divert
         self._finished = finished
         self._batch: list[Group] = []
         self._batch_bytes = 0
         self._jobs: deque[asyncio.Future[list[Encoded]]] = deque()
-        self._builder = PackBuilder(store_id, EXTENTS)
+        self._builder = self._new_pack()
         self._open: list[tuple[str, int, int, int, int, int, bytes]] = []
         self._uploads: deque[tuple[asyncio.Task[None], list[PageRow]]] = deque()
         self._recent: OrderedDict[bytes, ExtentRef | int] = OrderedDict()
@@ -191,6 +194,12 @@ class ExtentWriter:
         if self._open:
             await self._close_pack()
         return await self.take_rows()
+
+    def forget_stored(self) -> None:
+        """Do not refer to packs uploaded so far for equal groups still to come; what known groups name is another
+        matter."""
+        for digest in [digest for digest, place in self._recent.items() if isinstance(place, ExtentRef)]:
+            del self._recent[digest]
 
     async def abort(self) -> None:
         """Stop all uploads and wait until they have stopped."""
@@ -271,9 +280,12 @@ class ExtentWriter:
             if isinstance(self._recent.get(row.extent.digest), int):
                 self._recent[row.extent.digest] = row.extent
         self._uploads.append((asyncio.create_task(self._upload(pack, data)), rows))
-        self._builder = PackBuilder(self._store_id, EXTENTS)
+        self._builder = self._new_pack()
         self._open = []
         self.pack_boundary = True
+
+    def _new_pack(self) -> PackBuilder:
+        return PackBuilder(self._store_id, EXTENTS, nonce=self._clock.token(NONCE_BYTES))
 
     async def _upload(self, pack: str, data: bytes) -> None:
         await create_named(self._store, keys.pack(pack), data)

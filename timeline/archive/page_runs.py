@@ -18,8 +18,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from concurrent.futures import Executor
 
 from timeline.archive.extent_writer import create_named
+from timeline.clock import Clock
 from timeline.format import keys
 from timeline.format.manifest import PAGE_ROWS_PER_GROUP, ManifestRef, PageRow
+from timeline.format.pack import NONCE_BYTES
 from timeline.format.page_manifest import Footer, PageManifestWriter, PageRowGroup, open_footer
 from timeline.store.base import Store
 
@@ -77,9 +79,10 @@ async def merge_rows(sources: Sequence[AsyncIterator[PageRow]]) -> AsyncGenerato
             heapq.heappop(heap)
 
 
-async def write_run(store: Store, threads: Executor, rows: AsyncIterator[PageRow]) -> Run:
+async def write_run(store: Store, threads: Executor, clock: Clock, rows: AsyncIterator[PageRow]) -> Run:
     """Write sorted rows as page manifests, as many as needed, and upload them; at least one."""
     loop = asyncio.get_running_loop()
+    nonce = clock.token(NONCE_BYTES)
     refs: list[ManifestRef] = []
     writer = PageManifestWriter()
     batch: list[PageRow] = []
@@ -91,30 +94,30 @@ async def write_run(store: Store, threads: Executor, rows: AsyncIterator[PageRow
         if writer.full and last is not None and (row.path, row.group) != (last.path, last.group):
             await loop.run_in_executor(threads, _append_all, writer, batch)
             batch = []
-            refs.append(await _upload(store, threads, writer))
+            refs.append(await _upload(store, threads, writer, nonce))
             writer = PageManifestWriter()
         batch.append(row)
         last = row
     await loop.run_in_executor(threads, _append_all, writer, batch)
-    refs.append(await _upload(store, threads, writer))
+    refs.append(await _upload(store, threads, writer, nonce))
     return tuple(refs)
 
 
 async def merge_runs(
-    store: Store, threads: Executor, runs: Sequence[Run], rows: Iterable[PageRow] = ()
+    store: Store, threads: Executor, clock: Clock, runs: Sequence[Run], rows: Iterable[PageRow] = ()
 ) -> Run:
     """One run of all the runs, oldest first, and then ``rows``, in any order."""
     sources = [read_rows(store, threads, run) for run in runs]
     sources.append(_iterate(sort_rows(rows)))
-    return await write_run(store, threads, merge_rows(sources))
+    return await write_run(store, threads, clock, merge_rows(sources))
 
 
-async def join_runs(store: Store, threads: Executor, refs: Sequence[ManifestRef]) -> Run:
+async def join_runs(store: Store, threads: Executor, clock: Clock, refs: Sequence[ManifestRef]) -> Run:
     """One run of any number of manifests, oldest first, MERGE_WIDTH at a time."""
     runs: list[Run] = [(ref,) for ref in refs]
     while len(runs) > 1:
         runs = [
-            await merge_runs(store, threads, runs[at : at + MERGE_WIDTH])
+            await merge_runs(store, threads, clock, runs[at : at + MERGE_WIDTH])
             for at in range(0, len(runs), MERGE_WIDTH)
         ]
     return runs[0] if runs else ()
@@ -129,9 +132,10 @@ def sort_rows(rows: Iterable[PageRow]) -> list[PageRow]:
 class PageRuns:
     """The runs of one backup."""
 
-    def __init__(self, store: Store, threads: Executor) -> None:
+    def __init__(self, store: Store, threads: Executor, clock: Clock) -> None:
         self._store = store
         self._threads = threads
+        self._clock = clock
         self._levels: list[list[Run]] = [[]]
 
     @property
@@ -143,25 +147,25 @@ class PageRuns:
         """Write rows, in any order, as a run."""
         if not rows:
             return
-        self._levels[0].append(await merge_runs(self._store, self._threads, (), rows))
+        self._levels[0].append(await merge_runs(self._store, self._threads, self._clock, (), rows))
         for number, level in enumerate(self._levels):
             if len(level) < FAN_IN:
                 break
             if number + 1 == len(self._levels):
                 self._levels.append([])
-            self._levels[number + 1].append(await merge_runs(self._store, self._threads, level))
+            self._levels[number + 1].append(await merge_runs(self._store, self._threads, self._clock, level))
             self._levels[number] = []
 
     async def finish(self, rows: Iterable[PageRow]) -> Run:
         """Everything, and the rows given, as one run."""
-        return await merge_runs(self._store, self._threads, self._oldest_first(), rows)
+        return await merge_runs(self._store, self._threads, self._clock, self._oldest_first(), rows)
 
     def _oldest_first(self) -> list[Run]:
         return [run for level in reversed(self._levels) for run in level]
 
 
-async def _upload(store: Store, threads: Executor, writer: PageManifestWriter) -> ManifestRef:
-    data, ref = await asyncio.get_running_loop().run_in_executor(threads, writer.finish)
+async def _upload(store: Store, threads: Executor, writer: PageManifestWriter, nonce: str) -> ManifestRef:
+    data, ref = await asyncio.get_running_loop().run_in_executor(threads, writer.finish, nonce)
     await create_named(store, keys.manifest(ref.digest), data)
     return ref
 

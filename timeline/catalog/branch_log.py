@@ -15,6 +15,7 @@ never part of the log; ``_stands_in`` tells which by replaying the entries since
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -65,6 +66,33 @@ async def read_head(store: Store, branch: str) -> LogHead | None:
         return await _read_head_once(store, branch)
     except NotFound as error:
         raise MissingObject(error.key) from error
+
+
+async def read_changes(store: Store, branch: str, numbers: range) -> AsyncGenerator[Change, None]:
+    """The changes of these entries, in order; raises NotFound when one of them was collected, DamagedStore."""
+    for first in range(numbers.start, numbers.stop, _GETS):
+        for entry in await _read_entries(store, branch, range(first, min(first + _GETS, numbers.stop))):
+            yield entry.change
+
+
+async def read_whole_head(store: Store, branch: str) -> tuple[LogHead | None, tuple[str, ...]]:
+    """The newest head that can be read at all, and the entries that are missing from what is newer.
+
+    For incomplete copies of a store; nobody may append to such a head. ``None`` when no head can be read. Costs a
+    listing of the log, and a few GETs for each missing entry. Raises DamagedStore.
+    """
+    missing: list[str] = []
+    parsed = [keys.parse_log_entry(listed.key) for listed in await store.list(keys.log_prefix(branch))]
+    numbers = [named[1] for named in parsed if named is not None]
+    below = max(numbers, default=-1) + 1
+    while newest := [number for number in numbers if number < below]:
+        try:
+            return await _head_at(store, branch, max(newest)), tuple(missing)
+        except NotFound as error:
+            missing.append(error.key)
+            absent = keys.parse_log_entry(error.key)
+            below = min(max(newest), absent[1]) if absent is not None else max(newest)
+    return None, tuple(missing)
 
 
 class BranchLog:

@@ -3,8 +3,8 @@
 Consistency: a view is one entry of the branch log with the tails found for it, and does not change by
 itself; ``reload`` takes a newer one. What the log names exists for as long as the collector's grace period.
 Should something be gone all the same (chunks sealed and collected behind a slow reader's back), the view is
-reloaded and the question asked once more; only what a fresh log still names and the store does not hold is
-damage.
+reloaded and the question asked once more. What a fresh log still names and the store does not hold is missing: the
+view goes on with what is whole, says so, and refuses the latest moment (partial.py).
 
 Needs read and list permission only (P10). Everything read is verified (P5).
 
@@ -20,16 +20,17 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
 
-from timeline.catalog.branch_log import LogHead, read_head
+from timeline.catalog.branch_log import LogHead, read_head, read_whole_head
 from timeline.catalog.index_reader import IndexReader
 from timeline.catalog.line import Line, Run, Span, WalSpan, line_of, needed_tails, runs_on
 from timeline.catalog.meta import read_meta
 from timeline.catalog.parallel import in_parallel
+from timeline.catalog.partial import describe_missing, find_whole_part
 from timeline.catalog.resolve import Resolver
 from timeline.catalog.tail import Tail, find_tail
 from timeline.catalog.target import ReachableRange, Target
 from timeline.catalog.wal_reader import WalBytes, WalPiece, plan_pieces, read_pieces
-from timeline.catalog.when import When
+from timeline.catalog.when import Latest, When
 from timeline.clock import Clock, Micros
 from timeline.errors import DamagedStore, MissingObject, NotFound, TargetUnreachable, Unavailable, UsageError
 from timeline.format.log import BranchState
@@ -53,6 +54,7 @@ class History:
         self._head = head
         self._tails: dict[int, Tail] = {}
         self._reader = IndexReader(store)
+        self._missing: tuple[str, ...] = ()
 
     @classmethod
     async def load(cls, store: Store, branch: str = MAIN) -> History:
@@ -60,10 +62,13 @@ class History:
 
         Raises UsageError when there is no store or no such branch, UnknownFeature, DamagedStore.
         """
-        meta, head = await asyncio.gather(read_meta(store), read_head(store, branch))
+        meta, (head, missing) = await asyncio.gather(read_meta(store), _read_newest(store, branch))
         if head is None:
             raise UsageError(f"{store.url}: nothing was ever archived as {branch}", hint="start `tl archive`")
-        return cls(store, meta, head)
+        history = cls(store, meta, head)
+        if missing:
+            await history._take_whole_part(missing)
+        return history
 
     @property
     def state(self) -> BranchState:
@@ -77,11 +82,22 @@ class History:
 
     async def reload(self) -> None:
         """Take the newest view."""
-        head = await read_head(self.store, self.state.branch)
+        head, missing = await _read_newest(self.store, self.state.branch)
         if head is None:
             raise MissingObject(f"the log of branch {self.state.branch}")
         self._head = head
         self._tails = {}
+        self._missing = ()
+        if missing:
+            await self._take_whole_part(missing)
+
+    async def _take_whole_part(self, missing: tuple[str, ...] = ()) -> bool:
+        """Go on with what the store holds of this view; whether anything is missing."""
+        found = await find_whole_part(self.store, self.state)
+        self._missing = tuple(dict.fromkeys((*self._missing, *missing, *found.missing)))
+        self._head = LogHead(self._head.number, found.state)
+        self._tails = {}
+        return bool(self._missing)
 
     def lineage(self, tli: int | None = None) -> Line:
         """The line that leads to ``tli`` (the source's current one), oldest span first; UsageError for an
@@ -101,14 +117,38 @@ class History:
         """
 
         async def work() -> Target:
+            try:
+                return await resolve()
+            except TargetUnreachable as error:
+                if not self._missing or isinstance(when, Latest):
+                    raise
+                raise TargetUnreachable(
+                    f"{error.message}; {describe_missing(self._missing)}", hint=error.hint
+                ) from error
+
+        async def resolve() -> Target:
+            if self._missing and isinstance(when, Latest):
+                reached = await self._reachable()
+                told = "; ".join(f"{one.first} to {one.last} on tli {one.tli}" for one in reached)
+                raise TargetUnreachable(
+                    f"the latest moment cannot be told: {describe_missing(self._missing)}; reachable: "
+                    f"{told or 'nothing'}",
+                    hint="name a moment, or complete the copy" if told else "complete the copy",
+                )
             return await (await self._resolver(self.lineage(tli), stock=stock)).resolve(when)
 
         return await self._retrying(work)
 
     async def reachable(self) -> tuple[ReachableRange, ...]:
         """Every moment that can be had, tli by tli; a tli that the source left is told apart from the orphan
-        tail that was archived of it beyond (EDGE 18). Costs a LIST per tli and more: for people, not for
-        loops."""
+        tail that was archived of it beyond (EDGE 18), and an incomplete copy of a store is noticed (EDGE 63).
+
+        Costs listings of the tails and of all manifests, and more: for people, not for loops.
+        """
+        if (await find_whole_part(self.store, self.state)).missing:
+            # Merged or forgotten since, and collected? A fresh log tells.
+            await self.reload()
+            await self._take_whole_part()
         return await self._retrying(self._reachable)
 
     async def source_clock(self) -> Micros | None:
@@ -120,9 +160,11 @@ class History:
     async def remarks(self, tli: int | None = None) -> tuple[str, ...]:
         """What an operator should hear about the end of a line (EDGE 63)."""
         tail = await self.tail(self.state.current_tli if tli is None else tli)
+        partial = (describe_missing(self._missing),) if self._missing else ()
         if not tail.detached:
-            return ()
+            return partial
         return (
+            *partial,
             f"{len(tail.detached)} archived chunks of tli {tail.tli}, from {tail.detached[0]} on, are not "
             "connected "
             f"with the rest: no chunk starts at {tail.end}, where the known history ends (uploads under "
@@ -238,6 +280,11 @@ class History:
         try:
             return await work()
         except NotFound as error:
+            if self._missing or not await self._take_whole_part():
+                raise MissingObject(error.key) from error
+        try:
+            return await work()
+        except NotFound as error:
             raise MissingObject(error.key) from error
 
 
@@ -263,6 +310,17 @@ async def wait_for(
             )
         await clock.sleep(min(wait, left))
         wait = min(wait * 1.5, _LONGEST_POLL_SECONDS)
+
+
+async def _read_newest(store: Store, branch: str) -> tuple[LogHead | None, tuple[str, ...]]:
+    """The newest head, and the log entries without which a newer one cannot be read."""
+    try:
+        return await read_head(store, branch), ()
+    except MissingObject:
+        head, missing = await read_whole_head(store, branch)
+        if head is None:
+            raise
+        return head, missing
 
 
 def _after(spans: Sequence[Span], done: WalPiece) -> list[Span]:

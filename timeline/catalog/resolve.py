@@ -128,15 +128,19 @@ class Resolver:
         asked = describe_time(time)
         for reader in self._runs:
             crossing = await self._first_crossing(reader, time)
+            snapshots = self._snapshots(reader)
+            known = crossing is not None or time <= (await self._known_until(reader) or 0)
+            if known and snapshots and time < snapshots[0].time:
+                raise await self._unreachable(asked, _TOO_EARLY)
+            if crossing is not None and crossing.start < reader.run.start:
+                # Its first bytes are not there (any more), so neither is the moment before it.
+                raise await self._unreachable(asked, _TOO_EARLY)
             if crossing is not None:
                 boundary = await reader.before_record(crossing.start)
-            elif time <= (await self._known_until(reader) or 0):
+            elif known:
                 boundary = await reader.head()
             else:
                 continue
-            snapshots = self._snapshots(reader)
-            if snapshots and time < snapshots[0].time:
-                raise await self._unreachable(asked, _TOO_EARLY)
             return await self._target(asked, reader, boundary, time=time)
         raise await self._unreachable(asked, "the history is not known to be complete up to then")
 
@@ -154,20 +158,21 @@ class Resolver:
         asked = f"the moment before transaction {xid}"
         for reader in reversed(self._runs):
             # Ids come round again after 2³² of them: the newest is meant.
-            pieces = filter(_may_hold_commits, reversed(reader.run.pieces))
-            async with aclosing(reader.scan(pieces)) as entries:
+            pieces = reversed(reader.run.pieces)
+            async with aclosing(reader.scan(pieces, _may_hold_commits)) as entries:
                 async for entry in entries:
                     rows = np.flatnonzero(entry.commits["xid"] == xid & 0xFFFFFFFF)
                     if len(rows):
                         start = _commit(entry, int(rows[-1])).start
+                        if start < reader.run.start:
+                            raise await self._unreachable(asked, _TOO_EARLY)
                         return await self._target(asked, reader, await reader.before_record(start))
         raise await self._unreachable(asked, "its end is not in the archived WAL")
 
     async def _before_restore_point(self, name: str) -> Target:
         asked = f"restore point {name!r}"
         for reader in self._runs:
-            pieces = filter(_may_hold_restore_points, reader.run.pieces)
-            async with aclosing(reader.scan(pieces)) as entries:
+            async with aclosing(reader.scan(reader.run.pieces, _may_hold_restore_points)) as entries:
                 async for entry in entries:
                     for event in entry.events:
                         if event.kind is EventKind.RESTORE_POINT and event.name == name:
@@ -214,7 +219,7 @@ class Resolver:
             return latest is not None and latest > time
 
         # A manifest that may hold the crossing nearly always does: none is fetched ahead.
-        async with aclosing(reader.scan(filter(may_cross, reader.run.pieces), ahead=1)) as entries:
+        async with aclosing(reader.scan(reader.run.pieces, may_cross, ahead=1)) as entries:
             async for entry in entries:
                 rows = np.flatnonzero(entry.commits["time"] > time)
                 if len(rows):
@@ -298,29 +303,37 @@ def _may_hold_restore_points(piece: Piece) -> bool:
 async def _last_commit(reader: RunReader, before: Lsn) -> Commit | None:
     pieces = reversed(reader.run.between(reader.run.start, before))
     for piece in filter(_may_hold_commits, pieces):
-        for entry in reversed(await reader.entries(piece)):
-            rows = np.flatnonzero(
-                np.isin(entry.commits["kind"], _COMMITTED) & (entry.commits["start"] < before)
-            )
-            if len(rows):
-                return _commit(entry, int(rows[-1]))
+        for part in filter(_may_hold_commits, reversed(await reader.parts(piece))):
+            for entry in reversed(await reader.entries(part)):
+                rows = np.flatnonzero(
+                    np.isin(entry.commits["kind"], _COMMITTED) & (entry.commits["start"] < before)
+                )
+                if len(rows):
+                    return _commit(entry, int(rows[-1]))
     return None
 
 
 async def _next_commit(reader: RunReader, after: Lsn) -> Commit | None:
     for piece in filter(_may_hold_commits, reader.run.between(after, reader.run.end)):
-        for entry in await reader.entries(piece):
-            rows = np.flatnonzero(
-                np.isin(entry.commits["kind"], _COMMITTED) & (entry.commits["start"] >= after)
-            )
-            if len(rows):
-                return _commit(entry, int(rows[0]))
+        for part in filter(_may_hold_commits, await reader.parts(piece)):
+            if part.end <= after:
+                continue
+            for entry in await reader.entries(part):
+                rows = np.flatnonzero(
+                    np.isin(entry.commits["kind"], _COMMITTED) & (entry.commits["start"] >= after)
+                )
+                if len(rows):
+                    return _commit(entry, int(rows[0]))
     return None
 
 
 async def _events(reader: RunReader, start: Lsn, end: Lsn) -> tuple[WalEvent, ...]:
     told: list[WalEvent] = []
-    async with aclosing(reader.scan(reader.run.between(start, end))) as entries:
+
+    def overlaps(piece: Piece) -> bool:
+        return piece.start < end and start < piece.end
+
+    async with aclosing(reader.scan(reader.run.pieces, overlaps)) as entries:
         async for entry in entries:
             told += (event for event in entry.events if event.kind in _TOLD and start <= event.start < end)
     return tuple(told)
@@ -333,11 +346,13 @@ async def _latest_commit_time(
     times: list[Micros] = []
     unknown: list[Piece] = []
     for piece in pieces:
-        whole = not piece.cut and (before is None or piece.end <= before)
-        if isinstance(piece.source, TailChunk) or not whole:
-            unknown.append(piece)
-        elif piece.source.max_commit_time is not None:
-            times.append(piece.source.max_commit_time)
+        # Of a merged range that is not wanted whole most parts still are.
+        for part in (piece,) if _is_whole(piece, before) else await reader.parts(piece):
+            if isinstance(part.source, TailChunk) or not _is_whole(part, before):
+                if before is None or part.start < before:
+                    unknown.append(part)
+            elif part.source.max_commit_time is not None:
+                times.append(part.source.max_commit_time)
     async with aclosing(reader.scan(unknown)) as entries:
         async for entry in entries:
             found = entry.commits["time"]
@@ -346,6 +361,10 @@ async def _latest_commit_time(
             if len(found):
                 times.append(int(found.max()))
     return max(times, default=None)
+
+
+def _is_whole(piece: Piece, before: Lsn | None) -> bool:
+    return not piece.cut and (before is None or piece.end <= before)
 
 
 def _commit(entry: Entry, row: int) -> Commit:

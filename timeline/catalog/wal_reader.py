@@ -102,6 +102,5 @@ async def _plan(reader: IndexReader, piece: Piece) -> tuple[WalPiece, ...]:
             Lsn(min(piece.end, frame.end)),
             replace(frame, commits=no_commits(), events=()),
         )
-        for frame in await reader.frames(source)
-        if frame.start < piece.end and piece.start < frame.end
+        for frame in await reader.frames(source, piece.start, piece.end)
     )

@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from timeline.errors import UnknownFeature
 from timeline.format.digest import DIGEST_KIND
 
-READ_FEATURES: frozenset[str] = frozenset()
-"""Read features this version knows; format 1 starts without any."""
+COLLECTION = "collection"
+"""Log entries require it whose state says how far garbage collection has come: a version that does not know it would
+drop that by copying the state, and commit what is being deleted."""
+
+READ_FEATURES: frozenset[str] = frozenset({COLLECTION})
+"""Read features this version knows."""
 
 WRITE_FEATURES: frozenset[str] = frozenset()
 """Write features this version knows."""

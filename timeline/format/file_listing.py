@@ -46,7 +46,7 @@ def split(path: str) -> tuple[str, str]:
     return directory, name
 
 
-def write_file_listing(rows: Iterable[FileRow]) -> tuple[bytes, ManifestRef]:
+def write_file_listing(rows: Iterable[FileRow], *, nonce: str | None = None) -> tuple[bytes, ManifestRef]:
     """The listing of the rows, in any order; raises ValueError for a path that occurs twice or is not
     relative."""
     builder = ParquetBuilder(FILES, _SCHEMA, dictionary=_DICTIONARY, compression=_COMPRESSION, encoding={})
@@ -56,7 +56,7 @@ def write_file_listing(rows: Iterable[FileRow]) -> tuple[bytes, ManifestRef]:
             raise ValueError(f"{one.path}: listed twice")
     for at in range(0, len(ordered), FILE_ROWS_PER_GROUP):
         builder.write_row_group(_table(ordered[at : at + FILE_ROWS_PER_GROUP]))
-    return builder.finish()
+    return builder.finish(nonce)
 
 
 def _order(row: FileRow) -> tuple[str, str]:

@@ -11,12 +11,13 @@ The change classes are pure: ``apply(state) -> state``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from timeline.clock import Micros
-from timeline.errors import DamagedStore, LogConflict, UnknownFeature
+from timeline.errors import DamagedStore, LogConflict, Superseded, UnknownFeature
 from timeline.format import keys, sealed_json, value_json
-from timeline.format.features import check_readable
+from timeline.format.features import COLLECTION, check_readable
 from timeline.format.manifest import ManifestRef
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
@@ -30,6 +31,8 @@ STATE_EVERY = 100
 STATE_BYTES = 64 << 10
 """States smaller than this are in every entry."""
 FORMAT = 1
+BEGINNING = Lsn(0)
+"""Before all WAL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +168,30 @@ class BackupProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenMark:
+    """A marking run's result, which nobody has collected yet."""
+
+    id: str
+    """Of the mark object, ``marks/<id>``."""
+    head: int
+    """Number of the entry whose state it was computed from."""
+    at: Micros
+    """When, by the collector's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """How far garbage collection has come."""
+
+    mark: OpenMark | None = None
+    """Waits for its grace period to pass."""
+    collected: int = 0
+    """Whoever commits objects must have begun at this entry or later; 0 while nothing was ever collected."""
+    last: str | None = None
+    """Id of the mark that was collected last; its object is there until everything in it is deleted."""
+
+
+@dataclass(frozen=True, slots=True)
 class BranchState:
     """Everything the log says about a branch."""
 
@@ -182,6 +209,7 @@ class BranchState:
     coverage: Coverage | None
     """Newest known; chunks may know a newer one."""
     progress: BackupProgress | None
+    collection: Collection = Collection()
 
     @classmethod
     def empty(cls, branch: str) -> BranchState:
@@ -281,10 +309,13 @@ class Seal:
 
     sealed: SealedRange
     coverage: Coverage | None
+    began: int | None = None
+    """As ``check_began`` says."""
 
     def apply(self, state: BranchState) -> BranchState:
         """Raises LogConflict unless the range starts where the tli's sealed WAL ends (after a gap there, if
-        any)."""
+        any), Superseded as ``check_began``."""
+        check_began(state, self.began)
         tli = _known_tli(state, self.sealed.tli)
         start = state.after_gap(tli.tli, tli.sealed)
         if self.sealed.start != start:
@@ -305,9 +336,13 @@ class AddSnapshot:
     """A snapshot is complete; a base backup ends any progress."""
 
     snapshot: Snapshot
+    began: int | None = None
+    """As ``check_began`` says."""
 
     def apply(self, state: BranchState) -> BranchState:
-        """Raises LogConflict when its id is taken, its tli unknown, or it contradicts itself."""
+        """Raises LogConflict when its id is taken, its tli unknown, or it contradicts itself, Superseded as
+        ``check_began``."""
+        check_began(state, self.began)
         added = self.snapshot
         _known_tli(state, added.tli)
         if any(snapshot.id == added.id for snapshot in state.snapshots):
@@ -332,9 +367,13 @@ class RecordProgress:
     """A base backup got this far (``None``: given up)."""
 
     progress: BackupProgress | None
+    began: int | None = None
+    """As ``check_began`` says."""
 
     def apply(self, state: BranchState) -> BranchState:
-        """Never conflicts."""
+        """Raises Superseded as ``check_began``, but for ``None``, which names nothing."""
+        if self.progress is not None:
+            check_began(state, self.began)
         return replace(state, progress=self.progress)
 
 
@@ -384,8 +423,157 @@ class DropSnapshots:
         return replace(state, snapshots=left)
 
 
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Sealed WAL of one tli that nobody needs any more: the ranges that lie wholly in [start, below)."""
+
+    tli: int
+    below: Lsn
+    start: Lsn = BEGINNING
+    """Above 0 for what lies behind WAL that is still needed: the orphan tail of an ancestor."""
+
+    def holds(self, sealed: SealedRange) -> bool:
+        """Whether a sealed range goes with it."""
+        return sealed.tli == self.tli and self.start <= sealed.start and sealed.end <= self.below
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetWal:
+    """Sealed ranges leave the log; what they alone name is garbage. ``Tli.sealed`` stays where it is."""
+
+    ranges: tuple[Forgotten, ...]
+
+    def apply(self, state: BranchState) -> BranchState:
+        """Raises LogConflict when a tli is unknown, WAL not sealed is named, nothing is left to forget, or a
+        snapshot of the state needs what would go ([LOG-8])."""
+        for one in self.ranges:
+            tli = _known_tli(state, one.tli)
+            if one.below > tli.sealed:
+                raise LogConflict(
+                    f"tli {tli.tli} is sealed up to {tli.sealed}; no WAL up to {one.below} can go"
+                )
+        left: list[SealedRange] = []
+        gone: list[SealedRange] = []
+        for sealed in state.sealed:
+            (gone if any(one.holds(sealed) for one in self.ranges) else left).append(sealed)
+        if not gone:
+            raise LogConflict(f"branch {state.branch} has forgotten that WAL already")
+        needed = needed_wal(state)
+        for sealed in gone:
+            for span in needed:
+                if span.overlaps(sealed):
+                    raise LogConflict(
+                        f"snapshot {span.snapshot} needs the WAL of tli {sealed.tli} from {sealed.start} "
+                        f"to {sealed.end}"
+                    )
+        return replace(state, sealed=tuple(left))
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSealed:
+    """Adjoining sealed ranges of a tli become one, of the same extent, with one manifest of all their rows."""
+
+    merged: SealedRange
+    began: int | None = None
+    """As ``check_began`` says."""
+
+    def apply(self, state: BranchState) -> BranchState:
+        """Raises LogConflict unless two or more ranges adjoin and make up exactly the merged one, Superseded as
+        ``check_began``."""
+        check_began(state, self.began)
+        merged = self.merged
+        _known_tli(state, merged.tli)
+        parts: list[SealedRange] = []
+        left: list[SealedRange] = []
+        for sealed in state.sealed:
+            touched = sealed.tli == merged.tli and merged.start < sealed.end and sealed.start < merged.end
+            (parts if touched else left).append(sealed)
+        ends = [merged.start, *(sealed.end for sealed in parts)]
+        if len(parts) < 2 or ends[-1] != merged.end or [sealed.start for sealed in parts] != ends[:-1]:
+            raise LogConflict(
+                f"tli {merged.tli}: no adjoining sealed ranges make up {merged.start} to {merged.end}"
+            )
+        if merge_ranges(parts, merged.manifest) != merged or merged.manifest.rows != sum(
+            part.manifest.rows for part in parts
+        ):
+            raise LogConflict(
+                f"tli {merged.tli}: the range from {merged.start} to {merged.end} is not what it is made of"
+            )
+        ranges = sorted((*left, merged), key=lambda sealed: (sealed.tli, sealed.start))
+        return replace(state, sealed=tuple(ranges))
+
+
+def merge_ranges(parts: Sequence[SealedRange], manifest: ManifestRef) -> SealedRange:
+    """What a manifest of all rows of adjoining ranges (at least one), in order, is to the log."""
+    points = [part.restore_points for part in parts]
+    return SealedRange(
+        tli=parts[0].tli,
+        start=parts[0].start,
+        end=parts[-1].end,
+        manifest=manifest,
+        min_commit_time=min(
+            (part.min_commit_time for part in parts if part.min_commit_time is not None), default=None
+        ),
+        max_commit_time=max(
+            (part.max_commit_time for part in parts if part.max_commit_time is not None), default=None
+        ),
+        commits=sum(part.commits for part in parts),
+        restore_points=None if None in points else sum(point for point in points if point is not None),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A marking run is over: ``marks/<id>`` lists what was garbage in the state of entry ``head``."""
+
+    id: str
+    head: int
+    """Read after all keys had been listed, and before the mark object was written."""
+    at: Micros
+    after: str | None
+    """Id of the mark collected last as of ``head``, whose collection was finished."""
+
+    def apply(self, state: BranchState) -> BranchState:
+        """Raises LogConflict while another mark is open, or when one was collected since ``head``: it might not be
+        finished."""
+        if state.collection.mark is not None:
+            raise LogConflict(f"mark {state.collection.mark.id} is not collected yet")
+        if state.collection.last != self.after:
+            raise LogConflict(f"mark {state.collection.last} was collected meanwhile")
+        return replace(
+            state, collection=replace(state.collection, mark=OpenMark(self.id, self.head, self.at))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Collect:
+    """What the open mark lists is going to be deleted, but for what was named since."""
+
+    id: str
+
+    def apply(self, state: BranchState) -> BranchState:
+        """From here on whoever began before the mark cannot commit. Raises LogConflict unless that is the open
+        mark."""
+        mark = state.collection.mark
+        if mark is None or mark.id != self.id:
+            raise LogConflict(f"mark {self.id} is not open")
+        return replace(state, collection=Collection(None, mark.head + 1, mark.id))
+
+
 Change = (
-    ClaimEpoch | Begin | SwitchTli | Seal | AddSnapshot | RecordProgress | Cover | RecordGap | DropSnapshots
+    ClaimEpoch
+    | Begin
+    | SwitchTli
+    | Seal
+    | AddSnapshot
+    | RecordProgress
+    | Cover
+    | RecordGap
+    | DropSnapshots
+    | ForgetWal
+    | MergeSealed
+    | Mark
+    | Collect
 )
 
 
@@ -423,7 +611,7 @@ def encode_entry(entry: LogEntry) -> bytes:
         "nonce": entry.nonce,
         "epoch": entry.epoch,
         "at": entry.at,
-        "requires": [],
+        "requires": _required(entry),
         "change": {"kind": _KIND_OF[type(entry.change)], **value_json.to_json(entry.change)},
     }
     if entry.state is not None:
@@ -431,6 +619,11 @@ def encode_entry(entry: LogEntry) -> bytes:
         if entry.number % STATE_EVERY == 0 or len(sealed_json.compact(state)) < STATE_BYTES:
             members["state"] = state
     return sealed_json.encode(members)
+
+
+def _required(entry: LogEntry) -> list[str]:
+    collecting = entry.state is not None and entry.state.collection != Collection()
+    return [COLLECTION] if collecting or isinstance(entry.change, Mark | Collect) else []
 
 
 def decode_entry(data: bytes, key: str) -> LogEntry:
@@ -499,6 +692,10 @@ _CHANGES: dict[str, type[Change]] = {
     "cover": Cover,
     "record_gap": RecordGap,
     "drop_snapshots": DropSnapshots,
+    "forget_wal": ForgetWal,
+    "merge_sealed": MergeSealed,
+    "mark": Mark,
+    "collect": Collect,
 }
 _KIND_OF: dict[type[Change], str] = {change: kind for kind, change in _CHANGES.items()}
 
@@ -512,11 +709,103 @@ def _decode_change(value: object, key: str) -> Change:
     return value_json.from_json(kind, value)
 
 
+def check_began(state: BranchState, began: int | None) -> None:
+    """Raises Superseded when a collection may have deleted, or be deleting, what a change names.
+
+    ``began``: number of the log head that the writer had read before it created the first object that the
+    change names; whatever else the change names was reachable from that head. ``None``: not known, as in
+    changes of earlier versions. Every kind of change that names objects has it and calls this (SPEC.md,
+    [COL-2]).
+    """
+    collected = state.collection.collected
+    if collected and (began is None or began < collected):
+        since = "an unknown entry" if began is None else f"entry {began}"
+        raise Superseded(
+            f"branch {state.branch}: what was begun at {since} of the log may be collected: garbage collection "
+            f"has passed entry {collected}"
+        )
+
+
 def _known_tli(state: BranchState, number: int) -> Tli:
     tli = state.find_tli(number)
     if tli is None:
         raise LogConflict(f"branch {state.branch} has no tli {number}")
     return tli
+
+
+@dataclass(frozen=True, slots=True)
+class NeededWal:
+    """WAL [start, end) of a tli that a snapshot needs ([LOG-8]); ``end`` ``None``: all there will be."""
+
+    tli: int
+    start: Lsn
+    end: Lsn | None
+    snapshot: str
+
+    def overlaps(self, sealed: SealedRange) -> bool:
+        """Whether a sealed range holds any of it."""
+        return (
+            sealed.tli == self.tli
+            and sealed.end > self.start
+            and (self.end is None or sealed.start < self.end)
+        )
+
+
+def needed_wal(state: BranchState) -> tuple[NeededWal, ...]:
+    """What no change may take from the log while its snapshots stand ([LOG-8]).
+
+    Of every snapshot the WAL of its line from the start of the segment of its ``lsn`` to its ``end``; of the
+    oldest one on the line that leads to the current tli all of that line from there on.
+    """
+    needed: list[NeededWal] = []
+    current = _spans(state, state.current_tli)
+    oldest: Snapshot | None = None
+    for snapshot in state.snapshots:
+        start = _segment_of(state, snapshot.lsn)
+        own = _spans(state, snapshot.tli)
+        needed += _clip(own, start, snapshot.end, snapshot.id)
+        if _is_on(current, snapshot) and (oldest is None or snapshot.lsn < oldest.lsn):
+            oldest = snapshot
+    if oldest is not None:
+        needed += _clip(current, _segment_of(state, oldest.lsn), None, oldest.id)
+    return tuple(needed)
+
+
+_Spans = list[tuple[int, Lsn, Lsn | None]]
+"""A line, youngest tli first: (tli, start, end)."""
+
+
+def _spans(state: BranchState, number: int) -> _Spans:
+    spans: _Spans = []
+    end: Lsn | None = None
+    known = state.find_tli(number)
+    while known is not None and len(spans) <= len(state.tlis):
+        spans.append((known.tli, known.start, end))
+        end = known.start
+        known = None if known.parent is None else state.find_tli(known.parent)
+    return spans
+
+
+def _is_on(spans: _Spans, snapshot: Snapshot) -> bool:
+    return any(
+        tli == snapshot.tli and start <= snapshot.lsn and (end is None or snapshot.end <= end)
+        for tli, start, end in spans
+    )
+
+
+def _clip(spans: _Spans, start: Lsn, end: Lsn | None, snapshot: str) -> list[NeededWal]:
+    clipped = []
+    for tli, begin, left in spans:
+        last = left if end is None else end if left is None else min(left, end)
+        if last is None or max(begin, start) < last:
+            clipped.append(NeededWal(tli, Lsn(max(begin, start)), last, snapshot))
+    return clipped
+
+
+def _segment_of(state: BranchState, lsn: Lsn) -> Lsn:
+    """Where the WAL segment of an LSN starts; the LSN itself while no server is known."""
+    wrote = [one for one in state.incarnations if one.from_lsn <= lsn] or list(state.incarnations[:1])
+    return Lsn(lsn - lsn % wrote[-1].segment_bytes) if wrote else lsn
 
 
 def _with_tli(state: BranchState, changed: Tli) -> BranchState:

@@ -19,6 +19,8 @@ from timeline.format.features import check_envelope
 
 PACK_TARGET_BYTES = 32 << 20
 """A builder is full at this size; one more frame may stand above it."""
+NONCE_BYTES = 16
+"""``Clock.token(NONCE_BYTES)`` makes the nonce of a pack or manifest."""
 HEADER_READ_BYTES = 4096
 """A prefix of this length always holds the whole header."""
 
@@ -42,16 +44,20 @@ class PackHeader:
     """Reserved."""
     cipher: str | None = None
     """Reserved: cipher of the frames."""
+    nonce: str | None = None
+    """Random hex: no two runs ever make the same object, so no name comes back after it was collected [PAC-4].
+    ``None`` in packs of earlier versions."""
 
 
 class PackBuilder:
     """Collects frames until it is full; holds at most PACK_TARGET_BYTES and one frame."""
 
-    def __init__(self, store_id: str, kind: str) -> None:
-        """``kind``: EXTENTS or WAL."""
+    def __init__(self, store_id: str, kind: str, *, nonce: str | None = None) -> None:
+        """``kind``: EXTENTS or WAL. ``nonce``: whatever writes into a store must give one, new for each pack."""
         if kind not in _KINDS:
             raise ValueError(f"no kind of pack: {kind}")
-        text = json.dumps(value_json.to_json(PackHeader(store_id, kind)), separators=(",", ":")).encode()
+        members = value_json.to_json(PackHeader(store_id, kind, nonce=nonce))
+        text = json.dumps(members, separators=(",", ":")).encode()
         self._data = bytearray(_PREFIX.pack(_MAGIC, len(text), zlib.crc32(text)) + text)
         self.frames = 0
         """How many frames were added."""

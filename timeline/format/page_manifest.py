@@ -81,10 +81,11 @@ class PageManifestWriter:
         self._pending.append(row)
         self._last = row
 
-    def finish(self) -> tuple[bytes, ManifestRef]:
-        """The object and the reference to it; the writer cannot be used afterwards."""
+    def finish(self, nonce: str | None = None) -> tuple[bytes, ManifestRef]:
+        """The object and the reference to it; the writer cannot be used afterwards. ``nonce``: as of
+        ``ParquetBuilder.finish``."""
         self._flush()
-        return self._builder.finish()
+        return self._builder.finish(nonce)
 
     def _flush(self) -> None:
         rows = self._pending
@@ -109,25 +110,27 @@ class PageManifestWriter:
         self._pending = []
 
 
-def write_page_manifest(rows: Iterable[PageRow]) -> tuple[bytes, ManifestRef]:
+def write_page_manifest(rows: Iterable[PageRow], *, nonce: str | None = None) -> tuple[bytes, ManifestRef]:
     """One manifest of all the rows, which are few enough for one object (boot sets, deltas)."""
     writer = PageManifestWriter()
     for row in rows:
         writer.append(row)
-    return writer.finish()
+    return writer.finish(nonce)
 
 
-def write_page_manifests(rows: Iterable[PageRow]) -> Iterator[tuple[bytes, ManifestRef]]:
+def write_page_manifests(
+    rows: Iterable[PageRow], *, nonce: str | None = None
+) -> Iterator[tuple[bytes, ManifestRef]]:
     """The rows in as many parts as needed, in order, each about PAGE_MANIFEST_TARGET_BYTES; at least one."""
     writer = PageManifestWriter()
     last: tuple[str, int] | None = None
     for row in rows:
         if writer.full and (row.path, row.group) != last:
-            yield writer.finish()
+            yield writer.finish(nonce)
             writer = PageManifestWriter()
         writer.append(row)
         last = (row.path, row.group)
-    yield writer.finish()
+    yield writer.finish(nonce)
 
 
 class PageRowGroup:
@@ -192,6 +195,17 @@ class PageRowGroup:
         for rank, path in enumerate(self._paths):
             for row in range(int(self._paths.starts[rank]), int(self._paths.starts[rank + 1])):
                 yield PageRow(path, int(self._keys[row]) & 0xFFFFFFFF, self._extent(row))
+
+    def holding(self, pack: str, offset: int | None) -> Iterator[PageRow]:
+        """The rows whose extent lies at that offset of that pack; anywhere in it when ``None``."""
+        if pack not in self._packs:
+            return
+        wanted = self._pack == self._packs.index(pack)
+        if offset is not None:
+            wanted &= self._offset == offset
+        for row in np.flatnonzero(wanted).tolist():
+            key = int(self._keys[row])
+            yield PageRow(self._paths[key >> 32], key & 0xFFFFFFFF, self._extent(row))
 
     def _span(self, path: str, first_group: int, last_group: int) -> tuple[int, int]:
         rank = self._paths.find(path)

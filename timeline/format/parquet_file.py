@@ -45,7 +45,8 @@ class RowGroupEntry:
     digest: str
     """BLAKE3 of the bytes, hex."""
     bounds: tuple[Any, ...]
-    """Page manifests: first path, first group, last path, last group; else empty."""
+    """Page manifests: first path, first group, last path, last group. WAL manifests of merged ranges: what
+    ``WalGroup`` says. Else empty."""
 
 
 class ParquetBuilder:
@@ -59,7 +60,9 @@ class ParquetBuilder:
         dictionary: Sequence[str],
         compression: Mapping[str, str],
         encoding: Mapping[str, str],
+        statistics: bool = True,
     ) -> None:
+        """``statistics``: Parquet's own least and greatest value of each column chunk, which we never read."""
         self._kind = kind
         self._sink = io.BytesIO()
         self._writer = pq.ParquetWriter(
@@ -70,6 +73,7 @@ class ParquetBuilder:
             column_encoding=dict(encoding),
             store_schema=False,
             write_page_checksum=True,
+            write_statistics=statistics,
         )
         self._entries: list[RowGroupEntry] = []
         self.rows = 0
@@ -89,10 +93,18 @@ class ParquetBuilder:
         self._entries.append(RowGroupEntry(start, end - start, digest, bounds))
         self.rows += table.num_rows
 
-    def finish(self) -> tuple[bytes, ManifestRef]:
-        """The object and the reference to it; raises ValueError when it grew beyond MANIFEST_MAX_BYTES."""
+    def finish(self, nonce: str | None = None) -> tuple[bytes, ManifestRef]:
+        """The object and the reference to it. ``nonce``: random hex, as of packs [PAC-4]. Raises ValueError when
+        it grew beyond MANIFEST_MAX_BYTES."""
         entries = [[e.offset, e.length, e.digest, *e.bounds] for e in self._entries]
-        envelope = {"format": 1, "requires": [], "digest_kind": DIGEST_KIND, "key_id": None, "cipher": None}
+        envelope = {
+            "format": 1,
+            "requires": [],
+            "digest_kind": DIGEST_KIND,
+            "key_id": None,
+            "cipher": None,
+            "nonce": nonce,
+        }
         self._writer.add_key_value_metadata(
             {_KIND: self._kind, _ENVELOPE: json.dumps(envelope), _ROW_GROUPS: json.dumps(entries)}
         )

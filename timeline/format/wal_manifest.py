@@ -2,24 +2,31 @@
 
 One row per frame, with native nested columns for commits, events and touched relations, so that any Parquet
 tool can query the history without us.
+
+A sealed range as sealing makes it has few frames and one row group, read whole. The manifest of a merged range
+has row groups of at most GROUP_ROWS rows that say which WAL they tell of: a reader of one LSN takes the footer and
+the group it needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from timeline.clock import Micros
 from timeline.errors import DamagedStore
 from timeline.format import keys
 from timeline.format.digest import DIGEST_BYTES
 from timeline.format.manifest import ManifestRef, WalFrame
-from timeline.format.parquet_file import WAL, ParquetBuilder, read_whole
-from timeline.format.wal_index import COMMIT_DTYPE, TOUCH_DTYPE, WalEvent
+from timeline.format.parquet_file import WAL, ParquetBuilder, ParquetFooter, read_whole, verify_manifest
+from timeline.format.wal_index import COMMIT_DTYPE, TOUCH_DTYPE, EventKind, WalEvent
 from timeline.format.wal_index_codec import event_kind, event_name
 from timeline.lsn import Lsn
 
@@ -80,7 +87,124 @@ _SCHEMA = pa.schema(
 )
 
 
-def write_wal_manifest(frames: Sequence[WalFrame]) -> tuple[bytes, ManifestRef]:
+GROUP_ROWS = 64
+"""Rows of a row group of a merged range: 256 MiB of WAL on a busy server."""
+
+
+@dataclass(frozen=True, slots=True)
+class WalGroup:
+    """One row group, and what its rows hold, as far as the manifest says."""
+
+    number: int
+    offset: int
+    """In the object."""
+    length: int
+    start: Lsn | None
+    """``None`` in manifests that were not merged: nothing is known, and there is one group."""
+    end: Lsn | None
+    min_commit_time: Micros | None
+    max_commit_time: Micros | None
+    commits: int
+    restore_points: int
+
+
+class WalManifestFooter:
+    """The verified footer of a WAL manifest: decodes row groups out of their bytes alone."""
+
+    def __init__(self, ref: ManifestRef, footer: bytes | memoryview) -> None:
+        """``footer``: the last ``ref.footer_bytes`` bytes. Raises DamagedStore, UnknownFeature."""
+        self._footer = ParquetFooter(WAL, ref, footer)
+        self._key = keys.manifest(ref.digest)
+        self.groups = tuple(_group(number, entry) for number, entry in enumerate(self._footer.entries))
+
+    def frames(self, number: int, data: bytes | memoryview) -> tuple[WalFrame, ...]:
+        """The frames of one row group, in order, from its verified bytes; raises DamagedStore."""
+        try:
+            return _frames(self._footer.read(number, data), self._key)
+        except ValueError as error:
+            raise DamagedStore(self._key, 0, f"expected frames of WAL: {error}") from error
+
+    def table(self, number: int, data: bytes | memoryview) -> Any:
+        """The same as an Arrow table."""
+        return self._footer.read(number, data)
+
+
+class MergedManifest:
+    """One WAL manifest of the rows of several, built group by group; holds its bytes and one group."""
+
+    def __init__(self) -> None:
+        self._builder = ParquetBuilder(
+            WAL,
+            _SCHEMA,
+            dictionary=["pack"],
+            compression={name: "none" if name == "digest" else "zstd" for name in _leaves(_SCHEMA)},
+            encoding={},
+            # They would be a quarter of the footer, which every reader takes, and we never read them.
+            statistics=False,
+        )
+        self._waiting: list[Any] = []
+        self._rows = 0
+
+    def add(self, table: Any) -> None:
+        """Rows of a row group of the next manifest, in WAL order."""
+        while table.num_rows:
+            taken = min(table.num_rows, GROUP_ROWS - self._rows)
+            self._waiting.append(table.slice(0, taken))
+            self._rows += taken
+            table = table.slice(taken)
+            if self._rows == GROUP_ROWS:
+                self._write()
+
+    def finish(self, nonce: str) -> tuple[bytes, ManifestRef]:
+        """The object and the reference to it; ``nonce``: random hex [PAC-4]. Raises ValueError when it is longer
+        than an object may be."""
+        self._write()
+        return self._builder.finish(nonce)
+
+    def _write(self) -> None:
+        if not self._waiting:
+            return
+        rows = pa.concat_tables(self._waiting).combine_chunks().cast(_SCHEMA)
+        self._builder.write_row_group(rows, _bounds(rows))
+        self._waiting = []
+        self._rows = 0
+
+
+def open_wal_manifest(data: bytes | memoryview, ref: ManifestRef) -> WalManifestFooter:
+    """The footer of a whole manifest whose bytes are what the reference says; DamagedStore,
+    UnknownFeature."""
+    verify_manifest(WAL, ref, data)
+    return WalManifestFooter(ref, memoryview(data)[ref.size - ref.footer_bytes :])
+
+
+def _bounds(rows: Any) -> tuple[int | None, ...]:
+    """As ``WalGroup``, from ``start`` on."""
+    # Not as datetimes: they would lose what lies outside the years 1 to 9999.
+    earliest = pc.min(rows.column("min_commit_time").cast(pa.int64())).as_py()
+    latest = pc.max(rows.column("max_commit_time").cast(pa.int64())).as_py()
+    kinds = pc.list_flatten(rows.column("events")).combine_chunks().field("kind")
+    points = pc.sum(pc.equal(kinds, event_name(EventKind.RESTORE_POINT))).as_py() or 0
+    commits = pc.sum(pc.list_value_length(rows.column("commits"))).as_py() or 0
+    return (
+        rows.column("start")[0].as_py(),
+        rows.column("end")[-1].as_py(),
+        earliest,
+        latest,
+        int(commits),
+        int(points),
+    )
+
+
+def _group(number: int, entry: Any) -> WalGroup:
+    if len(entry.bounds) < 6:
+        return WalGroup(number, entry.offset, entry.length, None, None, None, None, 0, 0)
+    start, end, earliest, latest, commits, points = entry.bounds[:6]
+    return WalGroup(
+        number, entry.offset, entry.length, Lsn(start), Lsn(end), earliest, latest, commits, points
+    )
+
+
+def write_wal_manifest(frames: Sequence[WalFrame], *, nonce: str | None = None) -> tuple[bytes, ManifestRef]:
     """The manifest of the frames; raises ValueError unless they follow one another by (tli, start)."""
     for one, two in pairwise(frames):
         if (one.tli, one.end) > (two.tli, two.start):
@@ -94,7 +218,7 @@ def write_wal_manifest(frames: Sequence[WalFrame]) -> tuple[bytes, ManifestRef]:
     )
     if frames:
         builder.write_row_group(_table(frames))
-    return builder.finish()
+    return builder.finish(nonce)
 
 
 def read_wal_manifest(data: bytes | memoryview, ref: ManifestRef) -> tuple[WalFrame, ...]:

@@ -26,13 +26,13 @@ from timeline.catalog.index_merge import merge_indexes
 from timeline.catalog.parallel import in_order
 from timeline.catalog.tail import Tail, TailChunk, find_tail, read_packed
 from timeline.clock import Clock
-from timeline.errors import DamagedStore, LogConflict, NotFound
+from timeline.errors import DamagedStore, LogConflict, NotFound, Superseded, Unavailable
 from timeline.format import keys, zstd_frame
 from timeline.format.chunk import PackedChunk
 from timeline.format.digest import parse_digest
 from timeline.format.log import Seal, SealedRange
 from timeline.format.manifest import WalFrame
-from timeline.format.pack import WAL, PackBuilder
+from timeline.format.pack import NONCE_BYTES, WAL, PackBuilder
 from timeline.format.wal_frame import encode_wal_frame
 from timeline.format.wal_index import EventKind
 from timeline.store.base import Store
@@ -70,7 +70,9 @@ async def seal(
             # No more than one bite: behind a backlog the rest would be read again for each of them.
             tail = await find_tail(store, state, known.tli, within_bytes=SEAL_BYTES)
             if tail.chunks and (force or known.end is not None or is_due(tail, clock)):
-                return await _seal(store, log, _adjoining(tail))
+                return await _seal(store, log, clock, _adjoining(tail), head.number)
+        except Superseded as error:
+            raise Unavailable(f"sealing took too long: {error.message}", hint=error.hint) from error
         except (LogConflict, NotFound):
             # Sealed behind our back, and in the second case collected as well: the work is done.
             return None
@@ -99,12 +101,14 @@ def _adjoining(tail: Tail) -> tuple[TailChunk, ...]:
     return tuple(taken)
 
 
-async def _seal(store: Store, log: BranchLog, chunks: Sequence[TailChunk]) -> SealedRange:
+async def _seal(
+    store: Store, log: BranchLog, clock: Clock, chunks: Sequence[TailChunk], began: int
+) -> SealedRange:
     # Parquet takes a quarter of a second to import, and an archiver may run for long before its first seal.
     from timeline.format.wal_manifest import write_wal_manifest
 
-    frames = await _pack(store, chunks)
-    manifest, ref = await asyncio.to_thread(write_wal_manifest, frames)
+    frames = await _pack(store, clock, chunks)
+    manifest, ref = await asyncio.to_thread(write_wal_manifest, frames, nonce=clock.token(NONCE_BYTES))
     await _create(store, keys.manifest(ref.digest), manifest)
     times = [
         (int(one.commits["time"].min()), int(one.commits["time"].max())) for one in frames if len(one.commits)
@@ -123,13 +127,13 @@ async def _seal(store: Store, log: BranchLog, chunks: Sequence[TailChunk]) -> Se
     )
     covered = [chunk.header.coverage for chunk in chunks if chunk.header.coverage is not None]
     newest = max(covered, key=lambda coverage: (coverage.time, coverage.lsn), default=None)
-    await log.append(Seal(sealed, newest))
+    await log.append(Seal(sealed, newest, began))
     return sealed
 
 
-async def _pack(store: Store, chunks: Sequence[TailChunk]) -> list[WalFrame]:
+async def _pack(store: Store, clock: Clock, chunks: Sequence[TailChunk]) -> list[WalFrame]:
     """Write the chunks' WAL into packs; the frames, where they are now."""
-    packer = _Packer(store, chunks[0].header.store_id)
+    packer = _Packer(store, clock, chunks[0].header.store_id)
     together: list[PackedChunk] = []
     reads = in_order(
         chunks,
@@ -152,10 +156,11 @@ async def _pack(store: Store, chunks: Sequence[TailChunk]) -> list[WalFrame]:
 class _Packer:
     """Puts frames into packs and the packs into the store."""
 
-    def __init__(self, store: Store, store_id: str) -> None:
+    def __init__(self, store: Store, clock: Clock, store_id: str) -> None:
         self._store = store
+        self._clock = clock
         self._store_id = store_id
-        self._builder = PackBuilder(store_id, WAL)
+        self._builder = self._new_pack()
         self._waiting: list[WalFrame] = []
         """Frames of the pack under way, whose name is not known yet."""
         self.frames: list[WalFrame] = []
@@ -193,7 +198,10 @@ class _Packer:
         await _create(self._store, keys.pack(pack), data)
         self.frames += (replace(frame, pack=pack) for frame in self._waiting)
         self._waiting = []
-        self._builder = PackBuilder(self._store_id, WAL)
+        self._builder = self._new_pack()
+
+    def _new_pack(self) -> PackBuilder:
+        return PackBuilder(self._store_id, WAL, nonce=self._clock.token(NONCE_BYTES))
 
 
 def _frame_of(chunks: Sequence[PackedChunk]) -> tuple[bytes | memoryview, bytes]:

@@ -31,6 +31,16 @@ RULES = (Rule(2 * _DAY, 0), Rule(7 * _DAY, _HOUR), Rule(30 * _DAY, _DAY), Rule(m
 """Youngest first."""
 
 
+def rules_of_ages(keep_all_seconds: float, hourly_seconds: float, daily_seconds: float) -> tuple[Rule, ...]:
+    """All up to the first age, then one an hour, one a day, and beyond the last age one a month."""
+    return (
+        Rule(keep_all_seconds, 0),
+        Rule(hourly_seconds, _HOUR),
+        Rule(daily_seconds, _DAY),
+        Rule(math.inf, 30 * _DAY),
+    )
+
+
 def superfluous(snapshots: Sequence[Snapshot], rules: Sequence[Rule] = RULES) -> tuple[str, ...]:
     """Ids of the snapshots that the rules do not keep, in the order given.
 

@@ -31,6 +31,15 @@ class Listed:
     """Bytes of the object."""
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A key that the store will not delete, for a reason that trying again does not cure."""
+
+    key: str
+    reason: str
+    """In the server's words: a policy, a lock."""
+
+
 class Store(Protocol):
     """An object store, or a directory that behaves like one."""
 
@@ -59,8 +68,12 @@ class Store(Protocol):
         """Keys with ``prefix``, greater than ``after`` when given, at most ``limit``."""
         ...
 
-    async def delete(self, keys: Sequence[str]) -> None:
-        """Remove the objects; keys that do not exist are no error."""
+    async def delete(self, keys: Sequence[str]) -> Sequence[Refused]:
+        """Remove the objects; keys that do not exist are no error.
+
+        What the store refuses to remove (object lock, a policy) is told, and the others are removed all the same.
+        Raises UsageError where nothing may be deleted at all.
+        """
         ...
 
     async def aclose(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from timeline.errors import Unavailable
-from timeline.store.base import Listed, Store
+from timeline.store.base import Listed, Refused, Store
 
 
 class Crashed(Exception):
@@ -92,13 +92,14 @@ class FaultyStore:
         await self._enter(Call("list", prefix))
         return await self._store.list(prefix, after=after, limit=limit)
 
-    async def delete(self, keys: Sequence[str]) -> None:
+    async def delete(self, keys: Sequence[str]) -> Sequence[Refused]:
         first = keys[0] if keys else ""
         await self._enter(Call("delete", first))
         self._crash_point()
-        await self._store.delete(keys)
+        refused = await self._store.delete(keys)
         self._crash_point()
         self._lose_answer(first)
+        return refused
 
     async def aclose(self) -> None:
         await self._store.aclose()

@@ -26,7 +26,7 @@ from urllib.parse import quote
 from timeline.clock import Clock, SystemClock
 from timeline.errors import DamagedStore, NotFound, TimelineError, Unavailable, UsageError
 from timeline.store._arguments import check_key, check_limit, check_range
-from timeline.store.base import Listed
+from timeline.store.base import Listed, Refused
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -82,10 +82,10 @@ class LocalStore:
         check_limit(limit)
         return await self._in_thread(lambda: self._list(prefix, after, limit))
 
-    async def delete(self, keys: Sequence[str]) -> None:
+    async def delete(self, keys: Sequence[str]) -> Sequence[Refused]:
         for key in keys:
             check_key(key)
-        await self._in_thread(lambda: self._delete(keys))
+        return await self._in_thread(lambda: self._delete(keys))
 
     async def aclose(self) -> None:
         if self._pool is not None:
@@ -253,10 +253,18 @@ class LocalStore:
                 self._synced.clear()
             self._synced.add(directory)
 
-    def _delete(self, keys: Sequence[str]) -> None:
+    def _delete(self, keys: Sequence[str]) -> Sequence[Refused]:
+        refused: builtins.list[Refused] = []
         for key in keys:
-            with self._explained("delete", key), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            try:
                 os.unlink(self._path(key))
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except PermissionError as error:
+                # A directory without write permission, or a file that is immutable (chattr +i).
+                refused.append(Refused(key, os.strerror(error.errno or errno.EACCES)))
+            except OSError as error:
+                raise _translate(error, "delete", key, self._root) from error
         with self._explained("delete", _TEMPORARY), contextlib.suppress(FileNotFoundError):
             oldest = self._clock.now() / 1e6 - _LITTER_SECONDS
             with os.scandir(f"{self._root}/{_TEMPORARY}") as entries:
@@ -264,6 +272,7 @@ class LocalStore:
                     with contextlib.suppress(FileNotFoundError):
                         if entry.stat().st_mtime < oldest:
                             os.unlink(entry.path)
+        return refused
 
 
 def _read_cached(file: int, first: int, end: int) -> bytes | None:

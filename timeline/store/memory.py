@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from timeline.errors import DamagedStore, NotFound
 from timeline.store._arguments import check_key, check_limit, check_range
-from timeline.store.base import Listed
+from timeline.store.base import Listed, Refused
 
 
 class MemoryStore:
@@ -59,11 +59,12 @@ class MemoryStore:
             found.append(Listed(key, len(self._objects[key])))
         return found
 
-    async def delete(self, keys: Sequence[str]) -> None:
+    async def delete(self, keys: Sequence[str]) -> Sequence[Refused]:
         for key in keys:
             check_key(key)
             if self._objects.pop(key, None) is not None:
                 self._keys.pop(bisect.bisect_left(self._keys, key))
+        return ()
 
     async def aclose(self) -> None:
         """Nothing to release; what it holds stays readable."""

@@ -41,7 +41,10 @@ async def check_conditional_create(store: Store, clock: Clock) -> str | None:
 
 async def _remove(store: Store, *keys: str) -> str | None:
     try:
-        await store.delete(keys)
+        refused = await store.delete(keys)
     except TimelineError as error:
         return f"{' and '.join(keys)} (a few bytes) stay, for they cannot be deleted: {error.message}"
+    if refused:
+        names = " and ".join(one.key for one in refused)
+        return f"{names} (a few bytes) stay, for they cannot be deleted: {refused[0].reason}"
     return None

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from timeline.clock import Clock
 from timeline.errors import Unavailable
-from timeline.store.base import Listed, Store
+from timeline.store.base import Listed, Refused, Store
 
 _T = TypeVar("_T")
 
@@ -53,8 +53,8 @@ class RetryingStore:
     async def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> builtins.list[Listed]:
         return await self._repeat(lambda: self._store.list(prefix, after=after, limit=limit))
 
-    async def delete(self, keys: Sequence[str]) -> None:
-        await self._repeat(lambda: self._store.delete(keys))
+    async def delete(self, keys: Sequence[str]) -> Sequence[Refused]:
+        return await self._repeat(lambda: self._store.delete(keys))
 
     async def aclose(self) -> None:
         await self._store.aclose()

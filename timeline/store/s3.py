@@ -22,13 +22,16 @@ from typing import Any
 
 from timeline.errors import DamagedStore, NotFound, TimelineError, Unavailable, UsageError
 from timeline.store._arguments import check_key, check_limit, check_range
-from timeline.store.base import Listed
+from timeline.store.base import Listed, Refused
 
 _SLOWEST_BYTES_PER_SECOND = 128 << 10
 """A slower connection counts as stalled. Eight uploads of 4 MiB that share 1 MB/s are not cut."""
 
 _PAGE_KEYS = 1000
 """S3's own bound, for listings and for deletions."""
+
+_PASSING_REFUSALS = ("InternalError", "SlowDown", "ServiceUnavailable", "OperationAborted", "RequestTimeout")
+"""What DeleteObjects says of a key that may well be deleted at another try; anything else is a refusal."""
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -137,9 +140,10 @@ class S3Store:
                 break
         return found
 
-    async def delete(self, keys: Sequence[str]) -> None:
+    async def delete(self, keys: Sequence[str]) -> Sequence[Refused]:
         for key in keys:
             check_key(key)
+        refused: builtins.list[Refused] = []
         for at in range(0, len(keys), _PAGE_KEYS):
             batch = keys[at : at + _PAGE_KEYS]
             async with self._request("delete", batch[0], 0) as (client, _):
@@ -148,8 +152,12 @@ class S3Store:
                     Delete={"Objects": [{"Key": self._prefix + key} for key in batch], "Quiet": True},
                 )
             for failed in answer.get("Errors", ()):
-                if failed.get("Code") != "NoSuchKey":
-                    raise self._undeleted(failed)
+                code, key = str(failed.get("Code", "")), str(failed.get("Key", ""))[len(self._prefix) :]
+                if code in _PASSING_REFUSALS:
+                    raise Unavailable(f"{self._where} cannot delete {key} just now: {code}")
+                if code != "NoSuchKey":
+                    refused.append(Refused(key, f"{code} {failed.get('Message', '')}".rstrip()))
+        return refused
 
     async def aclose(self) -> None:
         async with self._opening:
@@ -262,18 +270,6 @@ class S3Store:
         if len(data) != coming:
             raise Unavailable(f"{self._where} broke off after {len(data)} of {coming} bytes (read {key})")
         return _cut(key, data, start, length, answer.get("ContentRange"))
-
-    def _undeleted(self, failed: Any) -> TimelineError:
-        code, key = str(failed.get("Code", "")), str(failed.get("Key", ""))[len(self._prefix) :]
-        if code in ("AccessDenied", "AllAccessDisabled"):
-            return UsageError(
-                f"{self._where}: not allowed to delete {key}: {code}", hint="grant s3:DeleteObject"
-            )
-        if code in ("InternalError", "SlowDown", "ServiceUnavailable", "OperationAborted"):
-            return Unavailable(f"{self._where} cannot delete {key} just now: {code}")
-        return TimelineError(
-            f"{self._where}: cannot delete {key}: {code} {failed.get('Message', '')}".rstrip()
-        )
 
 
 class _Taken(TimelineError):

@@ -101,15 +101,18 @@ async def _check_writing(store: Store) -> list[Finding]:
 
 async def _remove(store: Store) -> Finding:
     try:
-        await store.delete([PROBE_KEY])
+        refused = await store.delete([PROBE_KEY])
+        reason = refused[0].reason if refused else None
     except Unavailable:
         raise
     except TimelineError as error:
+        reason = error.message
+    if reason is not None:
         return Finding(
             _AREA,
             Severity.NOTE,
             "store-delete",
-            f"objects cannot be deleted ({error.message}); {PROBE_KEY} ({len(PROBE)} bytes) stays, and serves the next check",
+            f"objects cannot be deleted ({reason}); {PROBE_KEY} ({len(PROBE)} bytes) stays, and serves the next check",
             "none needed: only garbage collection deletes, and may run elsewhere",
         )
     return Finding(

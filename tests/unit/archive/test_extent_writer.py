@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.manual_clock import ManualClock
 from timeline.archive.extent_writer import (
     MAX_UPLOADS,
     UNKNOWN,
@@ -41,7 +42,13 @@ async def write(store: MemoryStore, groups: list[Group]) -> tuple[list[PageRow],
     seen: list[Encoded] = []
     with ThreadPoolExecutor(2) as threads:
         writer = ExtentWriter(
-            store, "id", threads, pack_bytes=PACK_BYTES, divert=lambda _: False, finished=seen.append
+            store,
+            "id",
+            threads,
+            ManualClock(),
+            pack_bytes=PACK_BYTES,
+            divert=lambda _: False,
+            finished=seen.append,
         )
         try:
             for one in groups:

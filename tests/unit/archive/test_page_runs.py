@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.manual_clock import ManualClock
 from timeline.archive.known_pages import open_known, visible_extents
 from timeline.archive.page_runs import FAN_IN, PageRuns, join_runs, read_rows
 from timeline.format.extent import BLOCK_BYTES, ExtentRef
@@ -41,11 +42,11 @@ def test_merging_is_a_sorted_dictionary(
     async def run() -> tuple[list[PageRow], list[PageRow]]:
         store = MemoryStore()
         with ThreadPoolExecutor(1) as threads:
-            runs = PageRuns(store, threads)
+            runs = PageRuns(store, threads, ManualClock())
             for batch in batches:
                 await runs.add(rows(batch))
             before = dict(expected)
-            joined = await join_runs(store, threads, runs.manifests)
+            joined = await join_runs(store, threads, ManualClock(), runs.manifests)
             assert len(runs.manifests) <= 2 * FAN_IN
             assert [one async for one in read_rows(store, threads, joined)] == [
                 before[key] for key in sorted(before)
@@ -77,7 +78,7 @@ def test_groups_of_several_extents_stay_together() -> None:
     async def run() -> list[PageRow]:
         store = MemoryStore()
         with ThreadPoolExecutor(1) as threads:
-            runs = PageRuns(store, threads)
+            runs = PageRuns(store, threads, ManualClock())
             await runs.add(old)
             merged = await runs.finish(new)
             return [one async for one in read_rows(store, threads, merged)]

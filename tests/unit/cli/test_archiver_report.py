@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import resource
 
 import pytest
 
 from cli.archiver_report import KEY, StatusWriter, parse_report
-from cli.upload_meter import UploadMeter
 from tests.support.manual_clock import ManualClock
 from timeline.archive.slot import SlotStatus, WalStatus
 from timeline.archive.status import ArchiverStatus, Phase
-from timeline.clock import SystemClock
-from timeline.errors import Unavailable, UsageError
-from timeline.format.keys import chunk
+from timeline.errors import UsageError
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
-from timeline.store.memory import MemoryStore
 
 STATUS = ArchiverStatus(
     phase=Phase.CATCHING_UP,
@@ -26,20 +21,18 @@ STATUS = ArchiverStatus(
     durable=Lsn(16),
     source_end=Lsn(2**64 - 1),
     coverage=Coverage(3, Lsn(16), 42),
+    uploads=7,
+    behind_since=41,
     slot=SlotStatus("s" * 63, True, True, 1, Lsn(8), WalStatus.EXTENDED, 2**50, None),
     error='"é"' * 10_000,
     hint="h" * 10_000,
 )
 
 
-def meter() -> UploadMeter:
-    return UploadMeter(MemoryStore(), SystemClock())
-
-
 def test_a_line_is_whole_and_read_back() -> None:
     reader, writer = os.pipe()
     gone: list[int] = []
-    report = StatusWriter(writer, ManualClock(), meter(), lambda: gone.append(1))
+    report = StatusWriter(writer, ManualClock(), lambda: gone.append(1))
     report.write(STATUS, Lsn(20), repeat=False)
     report.write(STATUS, Lsn(20), repeat=False)
     line = os.read(reader, 1 << 20)
@@ -48,6 +41,7 @@ def test_a_line_is_whole_and_read_back() -> None:
     state = parse_report(line.decode())
     assert state is not None
     assert (state.phase, state.tli, state.durable, state.coverage_time) == ("catching up", 3, 20, 42)
+    assert (state.uploads, state.behind_since) == (7, 41)
     assert state.slot is not None
     assert (state.slot.wal_status, state.slot.safe_bytes) == ("extended", 2**50)
     report.write(STATUS, Lsn(20), repeat=True)
@@ -64,7 +58,7 @@ def test_a_line_is_whole_and_read_back() -> None:
 def test_a_reader_that_does_not_read_is_not_waited_for() -> None:
     """P1 does not wait for a supervisor: archiving goes on, and the line that comes next is whole."""
     reader, writer = os.pipe()
-    report = StatusWriter(writer, ManualClock(), meter(), lambda: None)
+    report = StatusWriter(writer, ManualClock(), lambda: None)
     for number in range(1000):
         report.write(STATUS, Lsn(number), repeat=True)
     held = b""
@@ -86,27 +80,4 @@ def test_other_lines_and_closed_descriptors() -> None:
     with pytest.raises(ValueError, match="expected"):
         parse_report(f'{{"{KEY}": 1}}')
     with pytest.raises(UsageError, match="not open"):
-        StatusWriter(987, ManualClock(), meter(), lambda: None)
-
-
-def test_only_chunks_are_metered() -> None:
-    async def run() -> None:
-        store = meter()
-        await store.create("packs/ab/abcd", b"x")
-        assert store.uploads == 0
-        await store.create(chunk("main", 1, 16), b"x")
-        assert (store.uploads, store.errors) == (1, 0)
-        assert store.seconds > 0
-        failing = UploadMeter(Refusing(), SystemClock())
-        with pytest.raises(Unavailable):
-            await failing.create(chunk("main", 1, 16), b"x")
-        assert (failing.uploads, failing.errors) == (0, 1)
-
-    asyncio.run(run())
-
-
-class Refusing(MemoryStore):
-    """A store that takes nothing."""
-
-    async def create(self, key: str, data: bytes | memoryview) -> bool:
-        raise Unavailable("no")
+        StatusWriter(987, ManualClock(), lambda: None)

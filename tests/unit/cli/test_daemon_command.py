@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -89,12 +91,24 @@ def test_one_daemon_per_state_directory(tmp_path: Path) -> None:
         pass
 
 
-def test_metrics_that_cannot_be_served_are_no_silent_setting() -> None:
-    async def run() -> None:
-        await start_metrics("127.0.0.1:0", lambda: DaemonState(1, 2, 3, ()))
+def test_what_the_daemon_knows_is_served() -> None:
+    async def run() -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        server = await start_metrics(f"127.0.0.1:{port}", lambda: DaemonState(1, 2, 3, ()), {})
+        try:
+            return await asyncio.to_thread(fetch, f"http://127.0.0.1:{port}/metrics")
+        finally:
+            await server.aclose()
 
-    with pytest.raises(UsageError, match="cannot serve metrics"):
-        asyncio.run(run())
+    assert "tl_daemon_" in asyncio.run(run())
+
+
+def fetch(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        page: bytes = answer.read()
+        return page.decode()
 
 
 def test_log_formats() -> None:

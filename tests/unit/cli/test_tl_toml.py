@@ -117,7 +117,7 @@ def test_what_runs_follows_from_it() -> None:
         ("gc", "tl gc --cluster a --json --yes --grace 36h"),
         ("verify", "tl verify --cluster a --json"),
         ("verify-data", "tl verify --cluster a --json --data --budget 10737418240"),
-        ("drill", "tl drill --cluster a --json --random --rto 1m --sql 'select true' --full"),
+        ("drill", "tl drill --cluster a --json --random --rto 1m --assert 'select true' --full"),
     ]
 
 

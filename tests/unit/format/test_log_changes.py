@@ -214,3 +214,121 @@ def test_unknown_members_are_ignored_and_missing_ones_are_damage() -> None:
         log.decode_entry(
             reseal(data, change={"kind": "switch_tli", "closed": 1, "end": -1, "opened": {}}), "k"
         )
+
+
+def forget(*ranges: tuple[int, int, int]) -> log.ForgetWal:
+    return log.ForgetWal(tuple(log.Forgotten(tli, Lsn(below), Lsn(start)) for tli, start, below in ranges))
+
+
+def sealed_state(*ends: int) -> log.BranchState:
+    state = begun()
+    for start, end in zip((100, *ends), ends, strict=False):
+        state = seal(start, end).apply(state)
+    return state
+
+
+def test_forgotten_wal_is_gone_and_the_tli_stays_as_it_is() -> None:
+    """[LOG-9]: only ranges that lie wholly in it."""
+    state = sealed_state(200, 300, 400)
+    after = forget((1, 0, 299)).apply(state)
+    assert [one.start for one in after.sealed] == [200, 300]
+    assert after.tlis == state.tlis
+    assert [one.start for one in forget((1, 150, 400)).apply(state).sealed] == [100]
+    again = seal(400, 500).apply(after)
+    assert [one.end for one in again.sealed] == [300, 400, 500]
+
+
+def test_what_cannot_be_forgotten() -> None:
+    state = sealed_state(200, 300)
+    with pytest.raises(LogConflict, match="has no tli 2"):
+        forget((2, 0, 200)).apply(state)
+    with pytest.raises(LogConflict, match="is sealed up to"):
+        forget((1, 0, 301)).apply(state)
+    with pytest.raises(LogConflict, match="has forgotten that WAL already"):
+        forget((1, 0, 199)).apply(state)
+
+
+MIB = 1 << 20
+
+
+def forked() -> log.BranchState:
+    """tli 1 sealed MiB by MiB from 1 to 9 MiB, left for tli 2 at 6 MiB, that up to 8 MiB."""
+    first = log.Tli(1, None, Lsn(MIB), Lsn(MIB), None, None)
+    state = log.Begin(replace(INCARNATION, from_lsn=Lsn(MIB)), first).apply(log.BranchState.empty("main"))
+    for number in range(1, 9):
+        state = seal(number * MIB, (number + 1) * MIB).apply(state)
+    state = switch(1, 6 * MIB, 2).apply(state)
+    return seal(7 * MIB, 8 * MIB, 2).apply(seal(6 * MIB, 7 * MIB, 2).apply(state))
+
+
+def with_snapshot(state: log.BranchState, tli: int, lsn: int, end: int) -> log.BranchState:
+    added = replace(SNAPSHOT, id=f"{tli}-{lsn}", tli=tli, lsn=Lsn(lsn), checkpoint=Lsn(lsn), end=Lsn(end))
+    return log.AddSnapshot(added).apply(state)
+
+
+def test_wal_that_a_snapshot_needs_stays() -> None:
+    """[LOG-8]: from the start of its segment on, along the line that leads to the current tli."""
+    state = with_snapshot(forked(), 1, 4 * MIB + 9, 5 * MIB)
+    assert len(forget((1, 0, 4 * MIB)).apply(state).sealed) == 7
+    for needed in ((1, 0, 5 * MIB), (1, 5 * MIB, 6 * MIB), (2, 0, 7 * MIB), (2, 7 * MIB, 8 * MIB)):
+        with pytest.raises(LogConflict, match=r"snapshot 1-\d+ needs the WAL"):
+            forget(needed).apply(state)
+    # Beyond the fork tli 1 is an orphan tail, which the snapshot does not need.
+    assert len(forget((1, 6 * MIB, 9 * MIB)).apply(state).sealed) == 7
+
+
+def test_a_snapshot_on_an_orphan_tail_keeps_what_it_is_made_of() -> None:
+    """[LOG-8]: up to its end."""
+    state = with_snapshot(forked(), 1, 7 * MIB + 9, 8 * MIB)
+    with pytest.raises(LogConflict, match="needs the WAL of tli 1"):
+        forget((1, 7 * MIB, 8 * MIB)).apply(state)
+    assert len(forget((1, 0, 7 * MIB), (1, 8 * MIB, 9 * MIB)).apply(state).sealed) == 3
+
+
+def test_a_segment_that_began_on_the_parent_is_needed_there() -> None:
+    state = with_snapshot(forked(), 2, 6 * MIB + 9, 7 * MIB)
+    state = replace(state, incarnations=(replace(state.incarnations[0], segment_bytes=4 * MIB),))
+    with pytest.raises(LogConflict, match="needs the WAL of tli 1 from 0/00400000"):
+        forget((1, 0, 6 * MIB)).apply(state)
+    assert len(forget((1, 0, 4 * MIB)).apply(state).sealed) == 7
+
+
+def merged(state: log.BranchState, first: int, last: int) -> log.SealedRange:
+    parts = state.sealed[first:last]
+    return log.merge_ranges(parts, replace(REF, rows=sum(part.manifest.rows for part in parts)))
+
+
+def test_merged_ranges_stand_for_what_they_were() -> None:
+    state = sealed_state(200, 300, 400, 500)
+    one = merged(state, 1, 3)
+    after = log.MergeSealed(one).apply(state)
+    assert [(part.start, part.end) for part in after.sealed] == [(100, 200), (200, 400), (400, 500)]
+    assert after.sealed[1].manifest.rows == 2
+    assert after.tlis == state.tlis
+
+
+def test_what_cannot_be_merged() -> None:
+    state = sealed_state(200, 300, 400)
+    whole = merged(state, 0, 3)
+    for wrong in (
+        merged(state, 0, 1),
+        replace(whole, tli=1, end=Lsn(350)),
+        replace(whole, start=Lsn(90)),
+        replace(whole, tli=2),
+        replace(whole, commits=1),
+        replace(whole, manifest=REF),
+        replace(whole, max_commit_time=7),
+    ):
+        with pytest.raises(LogConflict):
+            log.MergeSealed(wrong).apply(state)
+    done = log.MergeSealed(whole).apply(state)
+    with pytest.raises(LogConflict):
+        log.MergeSealed(whole).apply(done)
+
+
+def test_what_a_merge_names_may_have_been_collected() -> None:
+    """[COL-2]."""
+    state = replace(sealed_state(200, 300), collection=log.Collection(collected=5))
+    with pytest.raises(LogConflict, match="may be collected"):
+        log.MergeSealed(merged(state, 0, 2), 4).apply(state)
+    assert log.MergeSealed(merged(state, 0, 2), 5).apply(state).sealed[0].end == 300

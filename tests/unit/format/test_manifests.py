@@ -134,7 +134,7 @@ def test_long_manifests_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bounds_and_digests_are_in_the_footer() -> None:
     """[MAN-2], [MAN-3], [MAN-5]: as any Parquet reader sees them."""
-    data, ref = write_page_manifest(many_rows(10_000))
+    data, ref = write_page_manifest(many_rows(10_000), nonce="ab" * 16)
     file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
     values = file.metadata.metadata
     assert values[b"tl.kind"] == b"pages"
@@ -144,6 +144,7 @@ def test_bounds_and_digests_are_in_the_footer() -> None:
         "digest_kind": "blake3",
         "key_id": None,
         "cipher": None,
+        "nonce": "ab" * 16,
     }
     groups = json.loads(values[b"tl.row_groups"])
     assert [group[3:] for group in groups] == [

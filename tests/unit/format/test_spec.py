@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from timeline.format import file_listing, log, manifest, meta, pack, page_manifest, wal_manifest
+from timeline.format import file_listing, log, manifest, mark, meta, pack, page_manifest, pin, wal_manifest
 from timeline.format.chunk import ChunkHeader
 from timeline.format.wal_index import COMMIT_DTYPE, TOUCH_DTYPE, Coverage, EventKind, WalEvent
 from timeline.format.wal_index_codec import event_name
@@ -34,7 +34,15 @@ STORED = [
     log.Setting,
     log.Gap,
     log.BackupProgress,
+    log.OpenMark,
+    log.Collection,
+    log.Forgotten,
     log.LogEntry,
+    mark.MarkObject,
+    mark.Garbage,
+    mark.VoidChunks,
+    mark.VoidEntries,
+    pin.Pin,
     *log.Change.__args__,
 ]
 

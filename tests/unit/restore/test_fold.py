@@ -31,7 +31,7 @@ from timeline.format.log import Snapshot
 from timeline.format.manifest import FileRow, ManifestRef, PageRow
 from timeline.format.page_manifest import read_page_rows, write_page_manifest
 from timeline.lsn import Lsn
-from timeline.store.base import Listed
+from timeline.store.base import Listed, Refused
 from timeline.store.memory import MemoryStore
 
 # --- which tiers ---------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class LoggedStore(MemoryStore):
     async def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> builtins.list[Listed]:
         raise AssertionError("folding lists nothing")
 
-    async def delete(self, keys: Sequence[str]) -> None:
+    async def delete(self, keys: Sequence[str]) -> Sequence[Refused]:
         raise AssertionError("P2: folding deletes nothing")
 
     def damage(self, key: str, at: int) -> None:
@@ -302,7 +302,13 @@ class Chain:
         """Write the changes as a delta, in extents as long as can be or cut by chance, or everything as a
         full manifest."""
         writer = ExtentWriter(
-            self.store, "id", self.pool, pack_bytes=1 << 20, divert=lambda _: False, finished=lambda _: None
+            self.store,
+            "id",
+            self.pool,
+            SystemClock(),
+            pack_bytes=1 << 20,
+            divert=lambda _: False,
+            finished=lambda _: None,
         )
         try:
             for path, file in sorted(self.files.items()):
@@ -336,7 +342,7 @@ class Chain:
             return await source.content(file).read(offset, length)
 
         self.pages = await fold_deltas(
-            self.store, "id", self.pool, self.fetcher, before, listing, read, most=self.most
+            self.store, "id", self.pool, SystemClock(), self.fetcher, before, listing, read, most=self.most
         )
         same = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(before, self.pages, strict=False)))
         made = self.pages[same:]
@@ -571,7 +577,7 @@ class Deltas:
         self.store.created.clear()
         self.store.calls.clear()
         return await fold_deltas(
-            self.store, "id", self.pool, self.fetcher, (full, *refs), listing, read, most=most
+            self.store, "id", self.pool, SystemClock(), self.fetcher, (full, *refs), listing, read, most=most
         )
 
 
@@ -742,7 +748,9 @@ def test_many_cold_deltas() -> None:
                 rows = [PageRow("cold", group, extent(5, 1, group)) for group in groups]
                 ref = replace(await put_manifest(deltas.store, rows), lsn=Lsn(10 + number))
                 before = (*pages, ref)
-                pages = await fold_deltas(deltas.store, "id", pool, deltas.fetcher, before, listing, unread)
+                pages = await fold_deltas(
+                    deltas.store, "id", pool, SystemClock(), deltas.fetcher, before, listing, unread
+                )
                 assert len(pages) <= 1 + MAX_DELTAS
                 written += sum(one.rows for one in pages if one not in before)
             assert sum(ref.rows for ref in pages) == count * each

@@ -16,6 +16,7 @@ from tests.fix_stores import StoreFactory
 from tests.support.moto_server import MotoServer
 from timeline.errors import Unavailable, UsageError
 from timeline.findings import Finding, Severity
+from timeline.store.base import Refused
 from timeline.store.bucket_checks import check_bucket, judge_lifecycle
 from timeline.store.directory_checks import LITTLE_BYTES, SCARCE_BYTES, check_directory
 from timeline.store.memory import MemoryStore
@@ -55,12 +56,15 @@ def test_read_only_writes_nothing() -> None:
     assert found == {"store-list": Severity.OK, "store-empty": Severity.NOTE}
 
 
-def test_where_nothing_can_be_deleted_one_object_stays() -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_where_nothing_can_be_deleted_one_object_stays(whole: bool) -> None:
     """EDGE 43: archivers need no delete, so its refusal is a note, however often it is met."""
 
     class Worm(MemoryStore):
-        async def delete(self, keys: Sequence[str]) -> None:
-            raise UsageError("not allowed to delete", hint="grant s3:DeleteObject")
+        async def delete(self, keys: Sequence[str]) -> Sequence[Refused]:
+            if whole:
+                raise UsageError("not allowed to delete", hint="grant s3:DeleteObject")
+            return tuple(Refused(key, "AccessDenied") for key in keys)
 
     async def work() -> None:
         store = Worm()
