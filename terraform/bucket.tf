@@ -1,8 +1,7 @@
 # Deliberately without force_destroy: a bucket that holds history is not destroyed by a mistake in a plan.
 resource "aws_s3_bucket" "store" {
-  bucket              = var.bucket
-  object_lock_enabled = var.object_lock
-  tags                = var.tags
+  bucket = var.bucket
+  tags   = var.tags
 }
 
 resource "aws_s3_bucket_public_access_block" "store" {
@@ -43,6 +42,7 @@ resource "aws_s3_bucket_versioning" "store" {
   }
 }
 
+# On its own and not an argument of the bucket: so it can be added later without a new bucket.
 resource "aws_s3_bucket_object_lock_configuration" "store" {
   count  = var.object_lock ? 1 : 0
   bucket = aws_s3_bucket_versioning.store.bucket

@@ -13,7 +13,7 @@ locals {
     bucket_arn  = aws_s3_bucket.store.arn
     below       = var.prefix == "" ? "" : "${var.prefix}/"
     kms_key_arn = local.kms_key_arn
-    kms_via     = "s3.${data.aws_region.current.id}.${data.aws_partition.current.dns_suffix}"
+    kms_via     = "s3.${data.aws_region.current.region}.${data.aws_partition.current.dns_suffix}"
     create_only = var.enforce_create_only
   }
 

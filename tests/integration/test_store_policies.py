@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,14 +23,22 @@ from tests.fix_stores import BUCKET, fresh_prefix
 from tests.support.iam_policy import Policy, is_allowed
 from tests.support.policy_gate import PolicyGate, Seen, running_gate
 from tests.support.postgres import PostgresServer, scratch
+from tests.support.s3_access import object_arn
 from tests.support.seaweed import Seaweed
 from tests.support.store_roles import ENCRYPTION, ROLES, policy_of
 from tests.support.tl_host import Host, make_host
+from timeline.catalog.branch_log import BranchLog, read_head
+from timeline.clock import Micros, SystemClock
 from timeline.errors import NotFound, UsageError
+from timeline.format import keys
+from timeline.format.pin import Pin, encode_pin
+from timeline.ids import MAIN
+from timeline.maintain.seal import seal
 from timeline.store.s3 import S3Store
 
 pytestmark = [pytest.mark.fuse, pytest.mark.xdist_group("store-policies")]
 
+CLOCK = SystemClock()
 ROWS = 300
 CREATE_ONLY = "s3:if-none-match"
 
@@ -71,7 +80,8 @@ def stage(seaweed: Seaweed, make_postgres_session: Callable[..., PostgresServer]
         gate.bucket_policy = policy_of("bucket", BUCKET, prefix)
         work = _Work(gate, prefix, place, make_postgres_session(15))
         seen = {}
-        for role in ROLES:
+        # The maintainer last: it deletes what the others leave behind.
+        for role in sorted(ROLES, key=lambda role: role == "maintainer"):
             gate.seen.clear()
             getattr(work, role)()
             seen[role] = tuple(gate.seen)
@@ -107,8 +117,55 @@ class _Work:
         self.source.sql(f"create table t as select generate_series(1, {ROWS}) n")
         host.tl("archive", "--once")
 
+        async def be_killed(store: S3Store) -> None:
+            await store.create(keys.pack("f" * 64), b"what a killed archiver leaves behind")
+            await store.create(keys.manifest("f" * 64), b"what a killed archiver leaves behind")
+
+        self.as_store("archiver", be_killed)
+
+    def brancher(self) -> None:
+        """Makes a branch, which is pinned."""
+        host = self.host("brancher")
+        try:
+            result = host.tl("branch", "look")
+            with psycopg.connect(result["dsn"], autocommit=True) as conn:
+                assert conn.execute("select count(*) from t").fetchone() == (ROWS,)
+            self._wait_for_pin()
+            host.tl("delete", "look", "--yes")
+        finally:
+            host.end_agent()
+
+        async def have_branched(store: S3Store) -> None:
+            head = await read_head(store, MAIN)
+            assert head is not None
+            pin = Pin("0" * 32, MAIN, head.state.snapshots[-1], Micros(2), Micros(1), "a branch that is gone")
+            await store.create(keys.pin(pin.id), encode_pin(pin))
+
+        self.as_store("brancher", have_branched)
+
+    def _wait_for_pin(self) -> None:
+        """The mount pins in the background."""
+        pins = object_arn(BUCKET, f"{self.prefix}/{keys.PINS}")
+        for _ in range(600):
+            if any(each.access.resource.startswith(pins) for each in tuple(self.gate.seen)):
+                return
+            time.sleep(0.05)
+        raise AssertionError("the branch was not pinned")
+
+    def reader(self) -> None:
+        """Restores."""
+        home = self.place / "home"
+        self.source.make_directory(home)
+        self.host("reader").tl("restore", str(home / "data"))
+        assert (home / "data" / "global" / "pg_control").exists()
+
+    def drill(self) -> None:
+        """Recovers from the store alone, and leaves its evidence."""
+        result = self.host("drill").tl("drill", "--mode", "copy", "--assert", "select count(*) = 300 from t")
+        assert result["result"] == "passed"
+
     def maintainer(self) -> None:
-        """Builds a snapshot, seals, looks at store and bucket, collects."""
+        """Builds a snapshot, looks at store and bucket, seals, collects."""
         host = self.host("maintainer")
         assert host.tl("snapshot")
         found = {each["code"]: each for each in host.tl("doctor")["findings"]}
@@ -117,43 +174,19 @@ class _Work:
         for code in ("lifecycle", "versioning", "object-lock"):
             assert "could not look" not in found[code]["what"], found[code]
 
-        async def collect(store: S3Store) -> None:
-            await store.create("marks/" + "0" * 32, b"what is garbage")
-            log = await store.list("branches/main/log/")
-            garbage = ["wal/main/1/0000000000000001", "packs/ff/" + "f" * 64, "manifests/none.parquet"]
-            await store.delete([*garbage, log[-1].key, "pins/" + "0" * 32, "marks/" + "0" * 32])
+        async def seal_all(store: S3Store) -> None:
+            await seal(store, BranchLog(store, MAIN, CLOCK, CLOCK.token(8)), CLOCK, force=True)
 
-        self.as_store("maintainer", collect)
+        self.as_store("maintainer", seal_all)
+        for _ in range(2):
+            host.tl("gc", "--yes", "--grace", "0.01s")
 
-    def brancher(self) -> None:
-        """Makes a branch, and pins what it reads."""
-        host = self.host("brancher")
-        try:
-            result = host.tl("branch", "look")
-            with psycopg.connect(result["dsn"], autocommit=True) as conn:
-                assert conn.execute("select count(*) from t").fetchone() == (ROWS,)
-            host.tl("delete", "look", "--yes")
-        finally:
-            host.end_agent()
-        self.as_store("brancher", lambda store: store.create("pins/" + "1" * 32, b"what is read"))
+        async def forget(store: S3Store) -> None:
+            # The collector deletes entries from the hundredth on; nobody reads this one any more.
+            log = await store.list(keys.log_prefix(MAIN))
+            await store.delete([log[-1].key])
 
-    def reader(self) -> None:
-        """Restores."""
-        home = self.place / "home"
-        self.source.make_directory(home)
-        host = self.host("reader")
-        assert host.tl("status")["recoverable"]
-        host.tl("restore", str(home / "data"))
-        assert (home / "data" / "global" / "pg_control").exists()
-
-    def drill(self) -> None:
-        """Recovers from the store alone, and leaves its evidence."""
-        host = self.host("drill")
-        result = host.tl("branch", "drill", "--mode", "copy")
-        with psycopg.connect(result["dsn"], autocommit=True) as conn:
-            assert conn.execute("select count(*) from t").fetchone() == (ROWS,)
-        host.tl("delete", "drill", "--yes")
-        self.as_store("drill", lambda store: store.create("drills/1/evidence.json", b"{}"))
+        self.as_store("maintainer", forget)
 
 
 def acting_as(role: str, opened: Callable[[], S3Store], work: Callable[[S3Store], Any]) -> None:
