@@ -1,6 +1,6 @@
-"""Ways to damage the golden store: one of its objects, changed in one place.
+"""Ways to damage a golden store: one of its objects, changed in one place.
 
-``CASES`` is by kind of object; ``damage.json`` holds the error that each case must give, word for word.
+The damage file of a store holds, by kind of object and way, the errors that each must give, word for word.
 """
 
 from __future__ import annotations

@@ -6,23 +6,30 @@ The store is a mapping of keys to bytes. Contents appear as SHA-256.
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from timeline.errors import MissingObject
 from timeline.format import keys, log, value_json
 from timeline.format.chunk import decode_chunk
+from timeline.format.evidence import decode_evidence
 from timeline.format.extent import BLOCK_BYTES, GROUP_BYTES, decode_extent
 from timeline.format.file_listing import read_file_listing
 from timeline.format.manifest import ManifestRef, PageRow
+from timeline.format.mark import decode_mark
 from timeline.format.meta import decode_meta
-from timeline.format.pack import verify_pack
+from timeline.format.pack import decode_pack_header, verify_pack
 from timeline.format.page_manifest import open_footer, read_page_rows
+from timeline.format.pin import Pin, decode_pin
 from timeline.format.wal_frame import decode_wal_frame
 from timeline.format.wal_index import CommitArray, TouchArray, WalEvent
 from timeline.format.wal_index_codec import event_name
-from timeline.format.wal_manifest import read_wal_manifest
+from timeline.format.wal_manifest import open_wal_manifest, read_wal_manifest
 
 Json = Any
 
@@ -42,9 +49,31 @@ class GoldenReader:
             "state": value_json.to_json(state),
             "snapshots": {snapshot.id: self._files(snapshot) for snapshot in state.snapshots},
             "wal": {str(tli.tli): self._wal(state, tli) for tli in state.tlis},
+            "merged": {
+                str(sealed.start): bounds for sealed in state.sealed if (bounds := self._bounds(sealed))
+            },
+            "marks": self._marks(state),
+            "pins": {pin.id: value_json.to_json(pin) | self._files(pin.snapshot) for pin in self._pins()},
+            "drills": self._drills(),
         }
         self._verify_whole(state)
-        return found
+        return found | {"nonces": self._nonces()}
+
+    def reachable(self, *, pinned: bool = True) -> set[str]:
+        """Keys of the packs and manifests that the newest state and, if ``pinned``, the pins keep alive [COL-3]."""
+        state, _ = self.read_log()
+        pins = self._pins() if pinned else []
+        snapshots = [*state.snapshots, *(pin.snapshot for pin in pins)]
+        sealed = [*state.sealed, *(sealed for pin in pins for sealed in pin.sealed)]
+        pages = {ref for snapshot in snapshots for ref in snapshot.pages}
+        pages |= {snapshot.boot for snapshot in snapshots if snapshot.boot is not None}
+        pages |= set(state.progress.manifests if state.progress is not None else ())
+        packs = {page.extent.pack for ref in pages for page in self._pages(ref)}
+        for one in sealed:
+            data = self._get(keys.manifest(one.manifest.digest))
+            packs |= {frame.pack for frame in read_wal_manifest(data, one.manifest)}
+        manifests = {*pages, *(one.manifest for one in sealed), *(snapshot.files for snapshot in snapshots)}
+        return {keys.manifest(ref.digest) for ref in manifests} | {keys.pack(pack) for pack in packs}
 
     def _get(self, key: str) -> bytes:
         if key not in self.objects:
@@ -121,12 +150,70 @@ class GoldenReader:
             position = state.after_gap(tli.tli, chunk.header.end)
         return runs
 
+    def _bounds(self, sealed: log.SealedRange) -> list[Json]:
+        """What a merged manifest says of its row groups [MAN-3]; empty for any other."""
+        data = self._get(keys.manifest(sealed.manifest.digest))
+        footer = open_wal_manifest(data, sealed.manifest)
+        bounds = []
+        for group in footer.groups:
+            frames = footer.frames(group.number, data[group.offset : group.offset + group.length])
+            if group.start is not None and group.end is not None:
+                assert (frames[0].start, frames[-1].end) == (group.start, group.end)
+                times = [group.min_commit_time, group.max_commit_time]
+                bounds.append(
+                    [
+                        int(group.start),
+                        int(group.end),
+                        *times,
+                        group.commits,
+                        group.restore_points,
+                        len(frames),
+                    ]
+                )
+        return bounds
+
+    def _marks(self, state: log.BranchState) -> Json:
+        named = [keys.mark(state.collection.mark.id)] if state.collection.mark is not None else []
+        there = [key for key in sorted(self.objects) if keys.parse_mark(key) is not None]
+        return {key: value_json.to_json(decode_mark(self._get(key), key)) for key in {*named, *there}}
+
+    def _pins(self) -> list[Pin]:
+        there = [key for key in sorted(self.objects) if keys.parse_pin(key) is not None]
+        return [decode_pin(self.objects[key], key) for key in there]
+
+    def _drills(self) -> Json:
+        """Evidence with the SHA-256 of its other forms; drills without it are none [DRL-1]."""
+        found = {}
+        for key in sorted(self.objects):
+            parsed = keys.parse_drill_evidence(key)
+            if parsed is not None and parsed[1] == "json":
+                evidence = decode_evidence(self.objects[key], key)
+                forms = {
+                    form: sha256(self._get(keys.drill_evidence(parsed[0], form)))
+                    for form in ("html", "junit.xml")
+                }
+                found[parsed[0]] = value_json.to_json(evidence) | forms
+        return found
+
+    def _nonces(self) -> Json:
+        """Of all packs and manifests that have one [PAC-4]."""
+        found = {}
+        for key, data in sorted(self.objects.items()):
+            if keys.parse_pack(key) is not None:
+                found[key] = decode_pack_header(data, key)[0].nonce
+            elif keys.parse_manifest(key) is not None:
+                metadata = pq.read_metadata(io.BytesIO(data)).metadata
+                found[key] = json.loads(metadata[b"tl.envelope"]).get("nonce")
+        return {key: nonce for key, nonce in found.items() if nonce is not None}
+
     def _verify_whole(self, state: log.BranchState) -> None:
         """What reading by parts leaves out: packs and page manifests against their names [PAC-3], [MAN-4]."""
         for key in self.objects:
             if key.startswith("packs/"):
                 verify_pack(self.objects[key], key.rpartition("/")[2], key)
-        for ref in {ref for snapshot in state.snapshots for ref in snapshot.pages}:
+        snapshots = [*state.snapshots, *(pin.snapshot for pin in self._pins())]
+        pages = {ref for snapshot in snapshots for ref in snapshot.pages}
+        for ref in pages | {snapshot.boot for snapshot in snapshots if snapshot.boot is not None}:
             list(read_page_rows(self._get(keys.manifest(ref.digest)), ref))
 
 

@@ -6,8 +6,9 @@ What reads such a store has followed SPEC.md and not merely its own writer.
 from __future__ import annotations
 
 import os
+import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,14 +16,14 @@ from tests.support.postgres import PostgresServer
 from timeline.format import keys, log
 from timeline.format.chunk import ChunkHeader, encode_chunk
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS, GROUP_BYTES, ExtentRef, encode_extent
-from timeline.format.file_listing import read_file_listing, write_file_listing
+from timeline.format.file_listing import write_file_listing
 from timeline.format.manifest import FileRow, ManifestRef, PageRow, WalFrame
 from timeline.format.meta import StoreMeta, encode_meta
-from timeline.format.pack import EXTENTS, WAL, PackBuilder
+from timeline.format.pack import EXTENTS, NONCE_BYTES, WAL, PackBuilder
 from timeline.format.page_manifest import write_page_manifest
 from timeline.format.wal_frame import encode_wal_frame
 from timeline.format.wal_index import EventKind, WalEvent, WalIndex
-from timeline.format.wal_manifest import write_wal_manifest
+from timeline.format.wal_manifest import MergedManifest, open_wal_manifest, write_wal_manifest
 from timeline.lsn import Lsn
 from timeline.pg.wal import ScanResult, WalScanner
 
@@ -70,6 +71,12 @@ class HandmadeStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
+    @property
+    def head(self) -> int:
+        """Number of the newest entry: what a change that names objects made from now on says as ``began``
+        [COL-2]."""
+        return self._entries - 1
+
     def append(self, change: log.Change, *, with_state: bool = True) -> None:
         """Commit a change to branch main."""
         self.state = change.apply(self.state)
@@ -93,6 +100,14 @@ class HandmadeStore:
         self.put(keys.manifest(ref.digest), data)
         return ref
 
+    def delete(self, key: str) -> None:
+        """As a collection does."""
+        (self.root / key).unlink()
+
+    def get_manifest(self, ref: ManifestRef) -> bytes:
+        """A manifest's bytes."""
+        return (self.root / keys.manifest(ref.digest)).read_bytes()
+
     def put_pack(self, builder: PackBuilder) -> str:
         """Create a pack; its id."""
         pack_id, data = builder.finish()
@@ -104,7 +119,7 @@ class HandmadeStore:
 
         Blocks of zeros at the end of a group are left out, for a reader must know what that means [PAG-3].
         """
-        rows, pages, stored = [], [], PackBuilder(STORE_ID, EXTENTS)
+        rows, pages, stored = [], [], PackBuilder(STORE_ID, EXTENTS, nonce=nonce())
         total = 0
         for path in sorted(_walk(directory, "")):
             full = directory / path
@@ -122,16 +137,10 @@ class HandmadeStore:
         named = [PageRow(path, group, replace(extent, pack=pack_id)) for path, group, extent in pages]
         return replace(
             snapshot,
-            files=self.put_manifest(write_file_listing(rows)),
-            pages=(self.put_manifest(write_page_manifest(sorted(named, key=_order))),),
+            files=self.put_manifest(write_file_listing(rows, nonce=nonce())),
+            pages=(self.put_manifest(write_page_manifest(sorted(named, key=order_of), nonce=nonce())),),
             bytes=total,
         )
-
-    def relist(self, ref: ManifestRef, born: Mapping[str, Lsn]) -> ManifestRef:
-        """The listing with other birth LSNs for some files."""
-        data = (self.root / keys.manifest(ref.digest)).read_bytes()
-        rows = [replace(row, born=born.get(row.path, row.born)) for row in read_file_listing(data, ref)]
-        return self.put_manifest(write_file_listing(rows))
 
     def add_chunks(self, run: WalRun, cut_bytes: int, index: Indexer, system_identifier: int) -> None:
         """The run as a chain of chunks."""
@@ -154,7 +163,8 @@ class HandmadeStore:
 
     def seal(self, run: WalRun, cut_bytes: int, index: Indexer) -> None:
         """The run in one pack and one WAL manifest, committed."""
-        builder = PackBuilder(STORE_ID, WAL)
+        began = self.head
+        builder = PackBuilder(STORE_ID, WAL, nonce=nonce())
         frames = []
         for piece in run.cut(cut_bytes):
             stored, digest = encode_wal_frame(piece.data)
@@ -180,13 +190,36 @@ class HandmadeStore:
                         touches=found.touches,
                     )
                     for piece, offset, stored_bytes, digest, found in frames
-                ]
+                ],
+                nonce=nonce(),
             )
         )
-        commits = sum(len(found.commits) for *_, found in frames)
-        self.append(
-            log.Seal(log.SealedRange(run.tli, run.start, run.end, manifest, None, None, commits), None)
+        times = [int(time) for *_, found in frames for time in found.commits["time"]]
+        events = [event.kind for *_, found in frames for event in found.events]
+        sealed = log.SealedRange(
+            tli=run.tli,
+            start=run.start,
+            end=run.end,
+            manifest=manifest,
+            min_commit_time=min(times, default=None),
+            max_commit_time=max(times, default=None),
+            commits=len(times),
+            restore_points=events.count(EventKind.RESTORE_POINT),
         )
+        self.append(log.Seal(sealed, None, began))
+
+    def merge(self, parts: Sequence[log.SealedRange]) -> None:
+        """Adjoining sealed ranges as one, committed; their own manifests stay, and nobody names them."""
+        began = self.head
+        manifest = MergedManifest()
+        for part in parts:
+            data = self.get_manifest(part.manifest)
+            footer = open_wal_manifest(data, part.manifest)
+            for group in footer.groups:
+                stored = data[group.offset : group.offset + group.length]
+                manifest.add(footer.table(group.number, stored))
+        ref = self.put_manifest(manifest.finish(nonce()))
+        self.append(log.MergeSealed(log.merge_ranges(parts, ref), began), with_state=False)
 
 
 class Indexer:
@@ -209,6 +242,11 @@ class Indexer:
             ),
             found.touches,
         )
+
+
+def nonce() -> str:
+    """For one pack or manifest [PAC-4]."""
+    return secrets.token_hex(NONCE_BYTES)
 
 
 def promote_in_place(server: PostgresServer) -> None:
@@ -255,5 +293,6 @@ def _store_file(content: bytes, builder: PackBuilder) -> Iterator[tuple[int, Ext
                 )
 
 
-def _order(row: PageRow) -> tuple[str, int, int]:
+def order_of(row: PageRow) -> tuple[str, int, int]:
+    """By which the rows of a page manifest are sorted [PAG-1]."""
     return row.path, row.group, row.extent.first_block

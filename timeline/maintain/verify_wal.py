@@ -21,11 +21,11 @@ from timeline.catalog.tail import TailChunk
 from timeline.errors import DamagedStore, NotFound
 from timeline.format import keys
 from timeline.format.chunk import HEADER_READ_BYTES, decode_layout
-from timeline.format.log import BUILT, BranchState, SealedRange, Tli
+from timeline.format.log import BUILT, BranchState, SealedRange, Tli, needed_wal
 from timeline.format.parquet_file import WAL
 from timeline.format.wal_frame import WAL_FRAME_MAX_BYTES
 from timeline.lsn import Lsn
-from timeline.maintain.lost_ranges import Interval, merged
+from timeline.maintain.lost_ranges import Interval, merged, without
 from timeline.maintain.manifest_scan import scan_manifest
 from timeline.maintain.pack_set import Indexes, PackSet
 from timeline.maintain.verify_report import Fault, LsnRange, Problem
@@ -231,23 +231,31 @@ async def _check_frames(store: Store, sealed: SealedRange, packs: PackSet) -> In
 
 
 def _holes_between(state: BranchState) -> list[Problem]:
-    """Holes between the sealed ranges of the log itself, which no writer leaves."""
+    """What no writer leaves between the sealed ranges of the log itself: overlaps, and holes in WAL that a snapshot
+    needs. Other holes are WAL that was forgotten [LOG-8], [LOG-9]."""
     found = []
+    needed = needed_wal(state)
     for tli in state.tlis:
         position = tli.start
+        gaps = [(int(gap.start), int(gap.end)) for gap in state.gaps if gap.tli == tli.tli]
         ranges = sorted((part for part in state.sealed if part.tli == tli.tli), key=lambda part: part.start)
         for part in ranges:
             position = state.after_gap(tli.tli, position)
-            if part.start != position:
-                found.append(
-                    Problem(
-                        Fault.CONTRADICTION,
-                        keys.manifest(part.manifest.digest),
-                        0,
-                        f"expected a sealed range of tli {tli.tli} at {position}, the next one starts at {part.start}",
-                        (LsnRange(tli.tli, position, part.start),) if position < part.start else (),
-                    )
+            key = keys.manifest(part.manifest.digest)
+            if part.start < position:
+                expected = f"expected a sealed range of tli {tli.tli} at {position}, the next one starts at {part.start}"
+                found.append(Problem(Fault.CONTRADICTION, key, 0, expected))
+            spans = [
+                (max(span.start, position), part.start if span.end is None else min(span.end, part.start))
+                for span in needed
+                if span.tli == tli.tli
+            ]
+            for start, end in without(spans, gaps):
+                hole = LsnRange(tli.tli, Lsn(start), Lsn(end))
+                expected = (
+                    f"expected a sealed range of tli {tli.tli} with {hole.start}, which a snapshot needs"
                 )
+                found.append(Problem(Fault.CONTRADICTION, key, 0, expected, (hole,)))
             position = part.end
     return found
 

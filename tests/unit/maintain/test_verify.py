@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import tracemalloc
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.golden.damage import CHANGES
-from tests.golden.store import DAMAGE, STORE, choose, load
+from tests.golden.reading import GoldenReader
+from tests.golden.store import STORES, V1, V1B, GoldenStore, choose
 from tests.support.archived_wal import FIRST, NOON, SECOND, Archive, Server
 from tests.support.manual_clock import ManualClock
 from tests.unit.pg.test_page import make_page
@@ -21,9 +22,10 @@ from timeline.catalog.tail import find_tail
 from timeline.clock import SystemClock
 from timeline.errors import Unavailable, UsageError
 from timeline.format import keys, zstd_frame
+from timeline.format.chunk import decode_layout
 from timeline.format.digest import digest_of
 from timeline.format.extent import ExtentRef
-from timeline.format.log import AddSnapshot, Cover, Gap, RecordGap, Snapshot
+from timeline.format.log import AddSnapshot, Cover, Gap, LogEntry, RecordGap, Snapshot, encode_entry
 from timeline.format.manifest import ManifestRef, PageRow
 from timeline.format.pack import EXTENTS, PackBuilder
 from timeline.format.page_manifest import write_page_manifest
@@ -42,14 +44,19 @@ from timeline.pg.relation_file import parse_relation_file
 from timeline.store.base import Store
 from timeline.store.memory import MemoryStore
 
-OBJECTS = load(STORE)
-CASES = json.loads(DAMAGE.read_text())
+OBJECTS = V1.objects
 CLOCK = SystemClock()
 ALL_OF_IT = (
     LsnRange(1, Lsn(0x900000), Lsn(0x938728)),
     LsnRange(2, Lsn(0x938728), Lsn(0x957ED0)),
 )
-"""What the golden store can restore."""
+"""What the first golden store can restore."""
+RESTORABLE = {
+    "v1": ALL_OF_IT,
+    "v1b": (LsnRange(1, Lsn(0x900060), Lsn(0x939AE8)), LsnRange(2, Lsn(0x939AE8), Lsn(0x959310))),
+}
+NOT_OF_THE_BRANCH = ("mark", "pin", "evidence")
+"""Kinds of objects that nothing is recovered from."""
 INSIDE_ONLY = ("first-byte", "middle-byte", "last-byte")
 """Changes to packs that leave their size as it is: only reading finds them."""
 
@@ -71,37 +78,89 @@ def verified(objects: Mapping[str, bytes], *, data: bool = True) -> VerifyReport
 # --- the golden store ----------------------------------------------------------------------------------------
 
 
-def test_an_intact_store() -> None:
-    found = verified(OBJECTS)
+@pytest.mark.parametrize("golden", STORES, ids=lambda golden: golden.name)
+def test_an_intact_store(golden: GoldenStore) -> None:
+    found = verified(golden.objects)
     assert not found.damaged and found.problems == () and found.unrestorable == ()
-    assert found.restorable == ALL_OF_IT
-    assert found.gaps == (LsnRange(2, Lsn(0x957ED0), Lsn(0xA57ED0)),)
+    assert found.restorable == RESTORABLE[golden.name]
+    (gap,) = GoldenReader(golden.objects).read_log()[0].gaps
+    assert found.gaps == (LsnRange(gap.tli, gap.start, gap.end),)
+    named = GoldenReader(golden.objects).reachable(pinned=False)
+    packs = [key for key in named if key.startswith(keys.PACKS)]
     assert found.data is not None and found.data.complete and found.data.never == 0
-    assert found.data.packs == found.checked.packs == 5
-    read = sum(len(data) for key, data in OBJECTS.items() if key.startswith("packs/"))
-    assert found.data.bytes_total == read
-    assert found.checked.manifests == sum(key.startswith("manifests/") for key in OBJECTS)
+    assert found.data.packs == found.checked.packs == len(packs)
+    assert found.data.bytes_total == sum(len(golden.objects[key]) for key in packs)
+    assert found.checked.manifests == len(named) - len(packs)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "log entry/deleted"])
-def test_every_way_to_damage_it_is_found(case: str) -> None:
+@pytest.mark.parametrize(
+    ("golden", "case"),
+    [
+        pytest.param(golden, case, id=f"{golden.name}-{case}")
+        for golden in STORES
+        for case in golden.cases
+        if case != "log entry/deleted" and not case.startswith(NOT_OF_THE_BRANCH)
+    ],
+)
+def test_every_way_to_damage_it_is_found(golden: GoldenStore, case: str) -> None:
     """[GEN-6]: with its key; without ``--data`` too, unless only the bytes inside a pack or chunk differ."""
     kind, change = case.split("/")
-    key = choose(OBJECTS)[kind]
-    damaged = CHANGES[change](key, OBJECTS[key]).apply(OBJECTS)
+    objects, restorable = golden.objects, RESTORABLE[golden.name]
+    key = choose(objects)[kind]
+    damaged = CHANGES[change](key, objects[key]).apply(objects)
     found = verified(damaged)
     assert found.damaged and [problem.key for problem in found.problems] == [key]
     (problem,) = found.problems
     assert (problem.fault is Fault.MISSING) == (change == "deleted")
     quick = verified(damaged, data=False)
-    unseen = ("pack" in kind and change in INSIDE_ONLY) or case == "chunk/last-byte"
+    unseen = ("pack" in kind and change in INSIDE_ONLY) or (
+        kind == "chunk" and change in INSIDE_ONLY and is_behind_header(objects[key], damaged[key], key)
+    )
     assert quick.damaged != unseen
     if kind in ("file listing", "page manifest"):
         assert problem.snapshots_unusable and "base-1" in problem.snapshots and found.unrestorable
+    if kind in ("built file listing", "delta manifest"):
+        assert problem.snapshots_unusable and problem.snapshots == ("built-3",)
+        assert found.unrestorable == (), "a branch can still start from the base backup"
     if kind == "WAL manifest":
-        assert problem.holes == (LsnRange(2, Lsn(0x938728), Lsn(0x9482FC)),)
-        assert found.unrestorable == ALL_OF_IT[1:]
-        assert found.restorable == ALL_OF_IT[:1]
+        state, _ = GoldenReader(objects).read_log()
+        sealed = state.sealed[-1]
+        assert problem.holes == (LsnRange(2, sealed.start, sealed.end),)
+        built = state.snapshots[-1]
+        # A snapshot behind the hole is a new beginning.
+        again = built.lsn if built.lsn > sealed.end else restorable[1].end
+        assert found.unrestorable == (LsnRange(2, restorable[1].start, again),)
+        left = (LsnRange(2, again, restorable[1].end),) if again < restorable[1].end else ()
+        assert found.restorable == (restorable[0], *left)
+
+
+def is_behind_header(intact: bytes, damaged: bytes, key: str) -> bool:
+    """Whether two chunks of the same length differ in frames only."""
+    header_bytes = decode_layout(intact, key).header_bytes
+    return intact[:header_bytes] == damaged[:header_bytes]
+
+
+@pytest.mark.parametrize("kind", NOT_OF_THE_BRANCH)
+def test_what_nothing_is_recovered_from_is_not_looked_at(kind: str) -> None:
+    key = choose(V1B.objects)[kind]
+    assert not verified(CHANGES["emptied"](key, V1B.objects[key]).apply(V1B.objects)).damaged
+
+
+def test_a_hole_between_sealed_ranges_is_damage_only_where_a_snapshot_needs_it() -> None:
+    """[LOG-8], [LOG-9]: what was forgotten is missed by nobody."""
+    state, entries = GoldenReader(OBJECTS).read_log()
+    first, rest = state.sealed[0], state.sealed[1:]
+    number = len(entries)
+    key = keys.log_entry("main", number)
+
+    def holes(snapshots: tuple[Snapshot, ...]) -> list[tuple[LsnRange, ...]]:
+        left = replace(state, sealed=rest, snapshots=snapshots)
+        entry = LogEntry(number, "main", "w", "n", 0, NOON, Cover(Coverage(2, FIRST, 0)), left)
+        found = verified({**OBJECTS, key: encode_entry(entry)}, data=False)
+        return [problem.holes for problem in found.problems if problem.key != key]
+
+    assert holes(state.snapshots) == [(LsnRange(1, first.start, first.end),)]
+    assert holes(()) == []
 
 
 def test_the_newest_log_entry_can_be_gone_unseen() -> None:
