@@ -65,7 +65,8 @@ class DaskExecutor:
         self._clock = clock
 
     async def width(self) -> int:
-        return max(1, sum((await self._client.nthreads()).values()))
+        threads: dict[str, int] = await self._client.nthreads()
+        return max(1, sum(threads.values()))
 
     async def outcomes(self, tasks: Sequence[Task], stop: asyncio.Event) -> AsyncGenerator[Outcome, None]:
         run = _Run(self._client, self._clock, self._clock.token(8), stop)
@@ -73,18 +74,15 @@ class DaskExecutor:
         watching = asyncio.create_task(run.watch())
         try:
             while running:
-                done, running = await asyncio.wait((*running, watching), return_when=asyncio.FIRST_COMPLETED)
-                if watching in done:
-                    watching.result()
-                running.discard(watching)
-                done.discard(watching)
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for ended in done:
                     yield ended.result()
+            if watching.done():
+                watching.result()
         finally:
-            left = [*running, watching]
-            for each in left:
+            for each in (*running, watching):
                 each.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+            await asyncio.gather(*running, watching, return_exceptions=True)
             if running:
                 await run.end_on_workers()
 
@@ -101,7 +99,7 @@ class _Run:
         self._name = name
         self._stop = stop
         self._given_up = asyncio.Event()
-        self._why = ""
+        self._why = "the watch over the Dask cluster ended"
 
     async def one(self, task: Task) -> Outcome:
         """Until it has an outcome."""
@@ -163,7 +161,7 @@ class _Run:
         return sum(1 for _, key in events if key == task.key)
 
     async def watch(self) -> None:
-        """Give up when told to, or when nobody is left to work."""
+        """Give up when told to, or when nobody is left to work; also when this itself fails."""
         alone_since: float | None = None
         stopping = asyncio.create_task(self._stop.wait())
         try:
@@ -183,6 +181,7 @@ class _Run:
                     return
         finally:
             stopping.cancel()
+            self._given_up.set()
 
     async def _anybody(self) -> bool:
         if self._client.status != "running":

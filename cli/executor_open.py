@@ -10,7 +10,7 @@ from cli.executor import Executor, LocalPlace, Place, parse_place
 from timeline.clock import Clock
 
 
-class PlaceType(click.ParamType):
+class PlaceType(click.ParamType[Place]):
     """An option's value: ``local:N`` or ``tcp://HOST:PORT``."""
 
     name = "executor"

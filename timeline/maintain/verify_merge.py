@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from timeline.lsn import Lsn
+from timeline.maintain.lost_ranges import merged
 from timeline.maintain.verify_report import MAX_PROBLEMS, DataChecked, LsnRange, VerifyReport
 
 
@@ -68,10 +69,9 @@ def _common(some: Iterable[LsnRange], others: Sequence[LsnRange]) -> tuple[LsnRa
 
 def _joined(ranges: Iterable[LsnRange]) -> tuple[LsnRange, ...]:
     """The moments that are in any, each once."""
-    found: list[LsnRange] = []
-    for each in sorted(ranges, key=lambda one: (one.tli, one.start)):
-        if found and found[-1].tli == each.tli and each.start <= found[-1].end:
-            found[-1] = LsnRange(each.tli, found[-1].start, Lsn(max(found[-1].end, each.end)))
-        else:
-            found.append(each)
-    return tuple(found)
+    found = list(ranges)
+    return tuple(
+        LsnRange(tli, Lsn(start), Lsn(end))
+        for tli in sorted({each.tli for each in found})
+        for start, end in merged((each.start, each.end) for each in found if each.tli == tli)
+    )
