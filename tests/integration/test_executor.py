@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -14,12 +15,15 @@ from typing import Any
 
 import pytest
 
+from cli import executor_dask
+from cli.executor import STOPPED, Outcome, Task
 from tests.support.archived_server import archived_server
-from tests.support.dask_cluster import dask_cluster
+from tests.support.dask_cluster import DaskCluster, dask_cluster
 from tests.support.leftovers import children_of, mounts_below, wait_until_nothing
-from tests.support.postgres import PostgresServer, scratch
+from tests.support.postgres import PostgresServer, free_port, scratch
 from tests.support.snapshot_place import state_of
 from tests.support.tl_host import TL, Host, make_host
+from timeline.clock import SystemClock
 from timeline.format.log import BUILT, BranchState
 
 STORES = 20
@@ -207,3 +211,32 @@ def test_one_store_given_to_two_workers_has_one_winner(archived: Path, root: Pat
         assert {item["exit_code"] for item in json.loads(out.splitlines()[-1])["clusters"]} == {7}
         await_that(lambda: not mounts_below(root))
     wait_until_nothing(root)
+
+
+def test_a_scheduler_that_is_not_there(root: Path) -> None:
+    host = host_of(root, "host", [root / "nothing"])
+    result = host.run("each", "verify", "--all", "--executor", f"tcp://127.0.0.1:{free_port()}")
+    assert result.returncode == 7 and "no Dask scheduler answers" in result.stderr
+
+
+def test_a_cluster_that_loses_all_its_workers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait for another one has an end; what was not done is told."""
+    monkeypatch.setattr(executor_dask, "NO_WORKER_SECONDS", 3.0)
+
+    async def run(cluster: DaskCluster) -> list[Outcome]:
+        executor = await executor_dask.connect(cluster.address, SystemClock())
+        try:
+            assert await executor.width() == 1
+            task = Task("a", ("verify", "--store", f"file://{root}/none", "--json"), 60.0)
+            first = [outcome async for outcome in executor.outcomes([task], asyncio.Event())]
+            cluster.kill("only")
+            rest = [outcome async for outcome in executor.outcomes([task], asyncio.Event())]
+            return first + rest
+        finally:
+            await executor.aclose()
+
+    with dask_cluster(root) as cluster:
+        cluster.start_worker("only", os.environ)
+        done, lost = asyncio.run(run(cluster))
+    assert (done.exit_code, done.attempts) == (2, 1) and "no store" in done.message
+    assert (lost.exit_code, lost.attempts) == (STOPPED, 0) and "no worker" in lost.message

@@ -179,9 +179,10 @@ def test_what_goes_over_the_wire_comes_back_the_same() -> None:
     assert pickle.loads(pickle.dumps(outcome)) == outcome
 
 
-def cluster(name: str, **values: str | None) -> Cluster:
-    fields: dict[str, str | None] = {"store": f"file:///{name}", "endpoint_url": None, "region": None}
-    return Cluster(name, **(fields | values), source=None)
+def cluster(
+    name: str, *, store: str | None = "", url: str | None = None, region: str | None = None
+) -> Cluster:
+    return Cluster(name, f"file:///{name}" if store == "" else store, url, region, None)
 
 
 def test_which_clusters() -> None:
@@ -203,7 +204,7 @@ def test_which_clusters() -> None:
 
 def test_words_of_a_task() -> None:
     """A snapshot needs no tl.toml where it runs; what keeps to a table of it does."""
-    there = cluster("a", endpoint_url="https://s3", region="r")
+    there = cluster("a", url="https://s3", region="r")
     assert task_for("verify", ("--data",), there, 5.0) == Task(
         "a",
         (
