@@ -240,3 +240,35 @@ def test_a_cluster_that_loses_all_its_workers(root: Path, monkeypatch: pytest.Mo
         done, lost = asyncio.run(run(cluster))
     assert (done.exit_code, done.attempts) == (2, 1) and "no store" in done.message
     assert (lost.exit_code, lost.attempts) == (STOPPED, 0) and "no worker" in lost.message
+
+
+def test_the_worst_of_all_is_the_exit_code(archived: Path, root: Path) -> None:
+    """A damaged store and one that is not there keep nobody from verifying the others."""
+    stores = [root / name for name in ("whole", "damaged", "nowhere")]
+    for path in stores[:2]:
+        shutil.copytree(archived, path)
+    gone = next(path for path in sorted((stores[1] / "packs").rglob("*")) if path.is_file())
+    gone.unlink()
+    host = host_of(root, "host", stores)
+    found = {item["cluster"]: item for item in each(host, "verify", "--data", "--all", code=4)}
+    assert {name: item["exit_code"] for name, item in found.items()} == {
+        "whole": 0,
+        "damaged": 4,
+        "nowhere": 2,
+    }
+    assert [one["key"] for one in found["damaged"]["result"]["problems"]] == [
+        gone.relative_to(stores[1]).as_posix()
+    ]
+    assert found["whole"]["result"]["data"]["complete"] and "no store" in found["nowhere"]["message"]
+    said = host.run("each", "verify", "--cluster", "whole", "--cluster", "nowhere")
+    assert said.returncode == 2
+    lines = said.stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["CLUSTER", "EXIT"],
+        ["whole", "0"],
+        ["nowhere", "2"],
+        ["1", "of"],
+    ]
+    assert host.run("each", "verify").returncode == 2, "no cluster was asked for"
+    assert host.run("each", "verify", "--all", "--dat").returncode == 2, "no option of tl verify"
+    assert host.run("each", "restore", "--all").returncode == 2, "not to be run for many"
