@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from cli import executor_dask
 from cli.executor import STOPPED, Outcome, Task
 from tests.support.archived_server import archived_server
 from tests.support.dask_cluster import DaskCluster, dask_cluster
-from tests.support.leftovers import children_of, mounts_below, wait_until_nothing
+from tests.support.leftovers import children_of, mounts_below, open_files, wait_until_nothing
 from tests.support.postgres import PostgresServer, free_port, scratch
 from tests.support.snapshot_place import state_of
 from tests.support.tl_host import TL, Host, make_host
@@ -272,3 +273,34 @@ def test_the_worst_of_all_is_the_exit_code(archived: Path, root: Path) -> None:
     assert host.run("each", "verify").returncode == 2, "no cluster was asked for"
     assert host.run("each", "verify", "--all", "--dat").returncode == 2, "no option of tl verify"
     assert host.run("each", "restore", "--all").returncode == 2, "not to be run for many"
+
+
+@pytest.mark.fuse
+def test_a_task_that_the_scheduler_gave_up_is_begun_again(archived: Path, root: Path) -> None:
+    """And the command of a killed worker ends with it: the snapshot that waits for its turn gives up its place."""
+    shutil.copytree(archived, root / "store")
+    asks, one = host_of(root, "asks", [root / "store"]), host_of(root, "one", [])
+    build = root / "one/state/build"
+    build.mkdir(parents=True)
+    with dask_cluster(root, allowed_failures=0) as cluster, (build / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        first = cluster.start_worker("one", one.environment)
+        asking = subprocess.Popen(
+            [TL, "each", "snapshot", "--all", "--executor", cluster.address, "--json"],
+            env=asks.environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        (waiting,) = await_that(lambda: children_of(first))
+        # It is that far when it has opened the lock.
+        await_that(lambda: str(build / "build.lock") in open_files(waiting))
+        cluster.kill("one")
+        await_that(lambda: not Path(f"/proc/{waiting}").exists())
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        cluster.start_worker("one-again", one.environment)
+        out, _ = asking.communicate(timeout=BUILD_SECONDS)
+        assert asking.returncode == 0, out
+        (found,) = json.loads(out.splitlines()[-1])["clusters"]
+        assert found["attempts"] == 2 and len(found["result"]["snapshots"]) == 1
+    assert len(built_in(root / "store")) == 1
+    wait_until_nothing(root)

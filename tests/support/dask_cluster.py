@@ -26,9 +26,10 @@ class DaskCluster:
         self.address = f"tcp://127.0.0.1:{free_port()}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start_scheduler(self) -> None:
+    def start_scheduler(self, allowed_failures: int) -> None:
+        environment = os.environ | {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": str(allowed_failures)}
         host, port = self.address.removeprefix("tcp://").split(":")
-        self._start("scheduler", ["scheduler", "--host", host, "--port", port, "--no-dashboard"], os.environ)
+        self._start("scheduler", ["scheduler", "--host", host, "--port", port, "--no-dashboard"], environment)
 
     def start_worker(self, name: str, environment: Mapping[str, str]) -> int:
         """One thread, no nanny: what is killed stays away. Its pid."""
@@ -76,10 +77,13 @@ class DaskCluster:
 
 
 @contextlib.contextmanager
-def dask_cluster(directory: Path) -> Iterator[DaskCluster]:
-    """A scheduler without workers; all that was started ends with it."""
+def dask_cluster(directory: Path, *, allowed_failures: int = 3) -> Iterator[DaskCluster]:
+    """A scheduler without workers; all that was started ends with it.
+
+    ``allowed_failures``: how often it gives a lost worker's task to another one by itself.
+    """
     cluster = DaskCluster(directory)
-    cluster.start_scheduler()
+    cluster.start_scheduler(allowed_failures)
     try:
         yield cluster
     finally:

@@ -36,6 +36,16 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def open_files(pid: int) -> set[str]:
+    """Paths that a process holds open."""
+    found = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        # One that was closed meanwhile.
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(file))
+    return found
+
+
 def wait_until_nothing(directory: Path, seconds: float = 60.0) -> None:
     """Agents linger a moment after their last branch; raises AssertionError when something stays."""
     until = time.monotonic() + seconds
