@@ -50,10 +50,13 @@ async def run_child(
     on_out: Callable[[str], None] = lambda line: None,
     on_error: Callable[[str], None] = lambda line: None,
     text: bytes = b"",
+    out_lines: int = KEPT_LINES,
+    out_line_bytes: int = LONGEST_LINE_BYTES,
 ) -> Ended:
     """Run it in a session of its own until it ends, ``stop`` is set or its time is over.
 
-    Then it gets SIGTERM, and after ``grace_seconds`` its whole process group gets SIGKILL. ``text`` is its stdin.
+    Then it gets SIGTERM, and after ``grace_seconds`` its whole process group gets SIGKILL. ``text`` is its stdin;
+    ``out_lines`` and ``out_line_bytes`` bound what is kept of its stdout.
     Never raises for what the child does; one that cannot be started has ended with ``STOPPED``.
     """
     began = clock.monotonic()
@@ -69,11 +72,11 @@ async def run_child(
     except (OSError, ValueError) as error:
         return Ended(STOPPED, (), (f"cannot be started: {error}",), 0.0, timed_out=False, stopped=False)
     on_start(process.pid)
-    out: deque[str] = deque(maxlen=KEPT_LINES)
+    out: deque[str] = deque(maxlen=out_lines)
     errors: deque[str] = deque(maxlen=KEPT_LINES)
     readers = [
-        asyncio.create_task(_read(process.stdout, out, on_out)),
-        asyncio.create_task(_read(process.stderr, errors, on_error)),
+        asyncio.create_task(_read(process.stdout, out, on_out, out_line_bytes)),
+        asyncio.create_task(_read(process.stderr, errors, on_error, LONGEST_LINE_BYTES)),
         asyncio.create_task(_feed(process.stdin, text)),
     ]
     waiting = asyncio.create_task(process.wait())
@@ -127,8 +130,10 @@ async def _feed(stream: asyncio.StreamWriter | None, text: bytes) -> None:
     stream.close()
 
 
-async def _read(stream: asyncio.StreamReader | None, kept: deque[str], tell: Callable[[str], None]) -> None:
-    """Line by line to the end, however long the lines are; memory is bounded by ``LONGEST_LINE_BYTES``."""
+async def _read(
+    stream: asyncio.StreamReader | None, kept: deque[str], tell: Callable[[str], None], longest: int
+) -> None:
+    """Line by line to the end, however long the lines are; memory is bounded by ``longest`` bytes of each."""
     if stream is None:
         return
 
@@ -143,12 +148,12 @@ async def _read(stream: asyncio.StreamReader | None, kept: deque[str], tell: Cal
         *whole, rest = (held + piece).split(b"\n")
         for each in whole:
             if not cut:
-                line(each[:LONGEST_LINE_BYTES])
+                line(each[:longest])
             cut = False
         held = rest
-        if len(held) > LONGEST_LINE_BYTES:
+        if len(held) > longest:
             if not cut:
-                line(held[:LONGEST_LINE_BYTES])
+                line(held[:longest])
             held, cut = b"", True
         elif cut:
             held = b""

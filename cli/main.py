@@ -35,6 +35,7 @@ _COMMANDS = {
     "doctor": ("cli.doctor", "what on source, store and host stands in the way, and its cure"),
     "drill": ("cli.drill", "prove that recovery works, and keep the evidence"),
     "gc": ("cli.gc", "delete what nothing in the store needs any more, after a grace period"),
+    "each": ("cli.each", "do one of these for many clusters, here or on Dask workers"),
     "demo": ("cli.demo", "all of it in one minute"),
 }
 _HIDDEN = {"expire"}

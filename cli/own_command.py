@@ -9,6 +9,15 @@ from pathlib import Path
 
 def own_command(*arguments: str) -> tuple[str, ...]:
     """``tl ARGUMENTS…`` by this interpreter and this installation."""
+    return _command("", arguments)
+
+
+def attached_command(*arguments: str) -> tuple[str, ...]:
+    """The same as a child that does not outlive this process (``cli/attached.py``)."""
+    return _command(f"from cli.attached import attach; attach({os.getpid()}); ", arguments)
+
+
+def _command(first: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
     root = os.fspath(Path(__file__).parent.parent)
-    code = f"import sys; sys.path.insert(0, {root!r}); from cli.main import main; main()"
+    code = f"import sys; sys.path.insert(0, {root!r}); {first}from cli.main import main; main()"
     return (sys.executable, "-c", code, *arguments)

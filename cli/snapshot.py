@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.branch import Duration
 from cli.config import Settings, store_options
 from cli.output import duration_text, emit_json, iso, say, size_text
 from timeline.errors import Unavailable
@@ -31,8 +32,16 @@ NICENESS = 10
     metavar="MIB",
     help="Do nothing while less WAL than this lies beyond the newest snapshot.",
 )
+@click.option(
+    "--wait",
+    "wait_seconds",
+    type=Duration(),
+    default=0.0,
+    metavar="DURATION",
+    help="Wait so long while another snapshot is being built on this host (default: not at all).",
+)
 @store_options
-def snapshot_command(*, settings: Settings, at_least_mib: float) -> None:
+def snapshot_command(*, settings: Settings, at_least_mib: float, wait_seconds: float) -> None:
     """Build a snapshot of the newest moment in the store, from its WAL alone.
 
     A branch replays from the newest snapshot before its moment, so this bounds how long it takes. A server of
@@ -59,6 +68,7 @@ def snapshot_command(*, settings: Settings, at_least_mib: float) -> None:
             SystemClock(),
             os.environ,
             at_least_bytes=max(1, int(at_least_mib * (1 << 20))),
+            wait_seconds=wait_seconds,
         )
         done: list[Build] = []
         async with aclosing(found) as builds:

@@ -6,18 +6,22 @@ import asyncio
 import contextlib
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from cli.config import Settings, store_options
+from cli.executor import Place
+from cli.executor_open import PlaceType
 from cli.footprint import keep_small
-from cli.output import duration_text, emit_json, iso, note, on_terminal, plain, say, size_text
+from cli.output import duration_text, emit_json, note, on_terminal, say, size_text
 from timeline.errors import DamagedStore, UsageError
 
 if TYPE_CHECKING:
+    from cli.executor import Outcome
     from timeline.maintain.verify import Progress
     from timeline.maintain.verify_report import DataChecked, LsnRange, Problem, VerifyReport
 
@@ -35,19 +39,38 @@ _FILES_SHOWN = 5
     metavar="SIZE",
     help="With --data: read about this much in one run (e.g. 50GB), and go on there in the next.",
 )
+@click.option(
+    "--part",
+    metavar="K/N",
+    help="With --data: read only the packs whose names fall into the K-th of N parts; the structure is checked in each.",
+)
+@click.option(
+    "--executor",
+    "place",
+    type=PlaceType(),
+    metavar="WHERE",
+    help="With --data: in parts, by processes of this host (local:N) or Dask workers (tcp://HOST:PORT); one report.",
+)
 @store_options
-def verify_command(*, settings: Settings, data: bool, budget: str | None) -> int:
+def verify_command(
+    *, settings: Settings, data: bool, budget: str | None, part: str | None, place: Place | None
+) -> int:
     """Check that everything the log names is there, and enough to restore from. Only reads.
 
     Without --data only the structure is checked: log, manifests, sizes of packs, chunk headers, and that the WAL has no
     hole. Exit code 4 and a list of what is endangered when something is wrong.
     """
-    if budget is not None and not data:
-        raise UsageError("--budget is for --data", hint="add --data")
+    for name, value in (("--budget", budget), ("--part", part), ("--executor", place)):
+        if value is not None and not data:
+            raise UsageError(f"{name} is for --data", hint="add --data")
+    if part is not None and place is not None:
+        raise UsageError("--executor makes the parts itself", hint="leave --part out")
     # Packs come and go by the hundred; what is freed of them goes back to the system.
     keep_small()
     budget_bytes = None if budget is None else parse_size(budget)
-    return asyncio.run(_verify(settings, data=data, budget=budget_bytes))
+    if place is not None:
+        return asyncio.run(_verify_in_parts(settings, place, budget=budget_bytes))
+    return asyncio.run(_verify(settings, data=data, budget=budget_bytes, part=part))
 
 
 def parse_size(text: str) -> int:
@@ -58,11 +81,14 @@ def parse_size(text: str) -> int:
     return size
 
 
-async def _verify(settings: Settings, *, data: bool, budget: int | None) -> int:
+async def _verify(settings: Settings, *, data: bool, budget: int | None, part: str | None) -> int:
     from restore.host import state_directory
     from timeline.clock import SystemClock
     from timeline.maintain.verify import verify
+    from timeline.maintain.verify_part import WHOLE, Part
     from timeline.store.open import open_store
+
+    wanted = Part.parse(part) if part is not None else WHOLE
 
     clock = SystemClock()
     began = clock.monotonic()
@@ -73,15 +99,47 @@ async def _verify(settings: Settings, *, data: bool, budget: int | None) -> int:
     try:
         with _progress() as report:
             found = await verify(
-                store, clock, data=data, budget=budget, ledger_directory=ledgers, report=report
+                store,
+                clock,
+                data=data,
+                budget=budget,
+                part=wanted,
+                ledger_directory=ledgers,
+                report=report,
             )
     finally:
         await store.aclose()
-    elapsed = clock.monotonic() - began
+    return _tell(settings, found, clock.monotonic() - began, clock.now())
+
+
+async def _verify_in_parts(settings: Settings, place: Place, *, budget: int | None) -> int:
+    from cli.executor_open import open_executor
+    from cli.verify_parts import verify_parts
+    from timeline.clock import SystemClock
+
+    clock = SystemClock()
+    began = clock.monotonic()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    executor = await open_executor(place, clock)
+    try:
+        with _parts_progress() as report:
+            found = await verify_parts(executor, settings, stop, budget=budget, report=report)
+    finally:
+        await executor.aclose()
+    return _tell(settings, found, clock.monotonic() - began, clock.now())
+
+
+def _tell(settings: Settings, found: VerifyReport, elapsed: float, now: int) -> int:
+    """Print it; the exit code."""
+    from cli.verify_document import report_document
+
     if settings.json:
-        emit_json(_document(found, elapsed, clock.now()))
+        emit_json(report_document(found, elapsed, now))
     else:
-        _print(found, elapsed, clock.now())
+        _print(found, elapsed, now)
     return DamagedStore.exit_code if found.damaged else 0
 
 
@@ -97,22 +155,6 @@ def _writable(directory: Path) -> Path | None:
         )
         return None
     return directory
-
-
-def _document(found: VerifyReport, elapsed: float, now: int) -> dict[str, Any]:
-    document: dict[str, Any] = plain(found)
-    document["damaged"] = found.damaged
-    document["elapsed_seconds"] = elapsed
-    for problem, item in zip(found.problems, document["problems"], strict=True):
-        item["fault"] = str(problem.fault)
-    if found.data is not None:
-        document["data"]["oldest"] = iso(found.data.oldest)
-        document["data"]["oldest_age_seconds"] = _age(found.data, now)
-    return document
-
-
-def _age(data: DataChecked, now: int) -> float | None:
-    return None if data.oldest is None else max(0.0, (now - data.oldest) / 1e6)
 
 
 def _print(found: VerifyReport, elapsed: float, now: int) -> None:
@@ -151,11 +193,13 @@ def _print(found: VerifyReport, elapsed: float, now: int) -> None:
 
 
 def _print_data(data: DataChecked, elapsed: float, now: int) -> None:
+    from cli.verify_document import oldest_age
+
     say(
         f"data       {size_text(data.bytes)} read in {duration_text(elapsed)}: {data.packs} of {data.packs_total} packs, "
         f"{data.chunks} chunks, {data.pages:,} page checksums"
     )
-    age = _age(data, now)
+    age = oldest_age(data, now)
     if data.never:
         say(f"           {data.never} packs were never read whole by this host; run it again to go on")
     elif age is not None:
@@ -201,3 +245,27 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
     ) as bar:
         task = bar.add_task("verify", total=None)
         yield lambda progress: bar.update(task, completed=progress.done_bytes, total=progress.total_bytes)
+
+
+@contextlib.contextmanager
+def _parts_progress() -> Iterator[Callable[[Outcome, int, int], None]]:
+    """On a terminal a bar of parts, elsewhere a line for each."""
+    if not on_terminal():
+        yield lambda outcome, done, total: note(
+            f"part {outcome.key}, {done} of {total} done: {duration_text(outcome.seconds)} on {outcome.worker}"
+        )
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    with Bar(
+        TextColumn("verify, parts"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("parts", total=None)
+        yield lambda outcome, done, total: bar.update(task, completed=done, total=total)

@@ -23,7 +23,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -88,6 +88,8 @@ _PACK_BYTES = 16 << 20
 _THREADS = 2
 _LIFE_SECONDS = 3600.0
 """A builder that was killed is deleted after so long, or by the next build."""
+_TURN_SECONDS = 0.2
+"""Between two looks whether it is our turn."""
 _READ_BYTES = 128 << 10
 
 
@@ -114,9 +116,11 @@ async def build_snapshots(
     *,
     parent: str = MAIN,
     at_least_bytes: int = 1,
+    wait_seconds: float = 0.0,
 ) -> AsyncGenerator[Build, None]:
     """Build until less than ``at_least_bytes`` of WAL lies beyond the newest snapshot; one result for each step.
 
+    ``wait_seconds``: how long to wait for another builder on this host.
     Raises UsageError (no FUSE, no binaries), CheckFailed (what was built cannot be trusted), Unavailable (another
     builder on this host), and what making a branch raises.
     """
@@ -128,7 +132,7 @@ async def build_snapshots(
     obstacle = lazy_obstacle(workshop)
     if obstacle is not None:
         raise UsageError(f"snapshots are built on a lazy mount: {obstacle}")
-    with _turn(workshop):
+    async with _turn(workshop, clock, wait_seconds):
         branches = HostBranches(workshop, clock, environ)
         for left in branches.list():
             await branches.delete(left.branch.name)
@@ -145,15 +149,22 @@ async def build_snapshots(
             await store.aclose()
 
 
-@contextlib.contextmanager
-def _turn(host: Host) -> Iterator[None]:
-    """One builder on a host at a time; raises Unavailable."""
+@contextlib.asynccontextmanager
+async def _turn(host: Host, clock: Clock, wait_seconds: float) -> AsyncIterator[None]:
+    """One builder on a host at a time; raises Unavailable when it is still another's turn after so long."""
+    until = clock.monotonic() + wait_seconds
     fd = os.open(host.state / "build.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Unavailable("another snapshot is being built on this host", hint="wait for it") from None
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if clock.monotonic() >= until:
+                    raise Unavailable(
+                        "another snapshot is being built on this host", hint="wait for it, or say --wait 1h"
+                    ) from None
+            await clock.sleep(_TURN_SECONDS)
         yield
     finally:
         os.close(fd)

@@ -202,10 +202,32 @@ def test_in_turns(copy: Host) -> None:
     assert data["oldest"] is not None and data["oldest_age_seconds"] > 0
 
 
+def test_in_parts_by_two_processes(copy: Host, place: Path) -> None:
+    """What each part finds is in the one report, and what both find is there once."""
+    extents, wal = packs(place / "store", b"extents")[0], packs(place / "store", b"wal")[0]
+    flip(extents, extents.stat().st_size // 2)
+    wal.unlink()
+    whole = verdict(copy, "--data", code=4)
+    found = verdict(copy, "--data", "--executor", "local:2", code=4)
+    for name in ("problem_count", "restorable", "unrestorable", "checked", "remarks", "damaged"):
+        assert found[name] == whole[name], name
+    by_key = {problem["key"]: problem for problem in whole["problems"]}
+    assert {problem["key"]: problem for problem in found["problems"]} == by_key and len(by_key) == 2
+    for name in ("packs", "chunks", "bytes", "pages", "packs_total"):
+        assert found["data"][name] == whole["data"][name], name
+    halves = [verdict(copy, "--data", "--part", f"{number}/2", code=4)["data"] for number in (1, 2)]
+    assert sum(half["packs"] for half in halves) == whole["data"]["packs"]
+    assert [half["chunks"] for half in halves] == [whole["data"]["chunks"], 0]
+
+
 def test_words(copy: Host, place: Path) -> None:
     """Exit codes 2 and 7 are not 4."""
     assert copy.run("verify", "--budget", "1GB").returncode == 2
     assert copy.run("verify", "--data", "--budget", "much").returncode == 2
+    for wrong in (["--part", "1/2"], ["--executor", "local"], ["--data", "--part", "3/2"]):
+        assert copy.run("verify", *wrong).returncode == 2
+    for wrong in (["--data", "--executor", "here"], ["--data", "--executor", "local", "--part", "1/2"]):
+        assert copy.run("verify", *wrong).returncode == 2
     assert make_host(place / "other", f"file://{place}/nothing").run("verify").returncode == 2
     away = make_host(place / "away", f"s3://{BUCKET}/x", endpoint_url=f"http://127.0.0.1:{free_port()}")
     assert away.run("verify").returncode == 7

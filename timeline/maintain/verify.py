@@ -38,6 +38,7 @@ from timeline.maintain.verify_pages import (
     check_pages,
     page_sources,
 )
+from timeline.maintain.verify_part import WHOLE, Part
 from timeline.maintain.verify_report import (
     MAX_PROBLEMS,
     Checked,
@@ -116,12 +117,13 @@ async def verify(
     *,
     data: bool = False,
     budget: int | None = None,
+    part: Part = WHOLE,
     ledger_directory: Path | None = None,
     report: Report = lambda _: None,
     branch: str = MAIN,
 ) -> VerifyReport:
-    """Verify a branch. ``data``: read everything, ``budget`` bytes of it at most in this run; ``ledger_directory``:
-    where this host keeps what it has read, by store.
+    """Verify a branch. ``data``: read everything, or of the packs only those of ``part``; ``budget`` bytes at most in this
+    run; ``ledger_directory``: where this host keeps what it has read, by store.
 
     Damage is in the report, not raised. Raises UsageError when there is no store, Unavailable, UnknownFeature.
     """
@@ -147,11 +149,11 @@ async def verify(
     if data:
         path = ledger_directory / f"{meta.store_id}.packs" if ledger_directory is not None else None
         try:
-            read = await _read(store, clock, found, path, budget, meter)
+            read = await _read(store, clock, found, path, budget, part, meter)
         except NotFound:
             # A chunk was sealed and collected meanwhile: what replaces it is in the next view.
             head, found = await _view(store, branch, await _newest(store, branch), meter)
-            read = await _read(store, clock, found, path, budget, meter)
+            read = await _read(store, clock, found, path, budget, part, meter)
         if read.vanished:
             # Collected meanwhile, or lost: the next view names only what is still needed.
             head, found = await _view(store, branch, await _newest(store, branch), meter)
@@ -164,7 +166,13 @@ async def verify(
 
 
 async def _read(
-    store: Store, clock: Clock, found: _Structure, path: Path | None, budget: int | None, meter: _Meter
+    store: Store,
+    clock: Clock,
+    found: _Structure,
+    path: Path | None,
+    budget: int | None,
+    part: Part,
+    meter: _Meter,
 ) -> ReadData:
     ledger = await asyncio.to_thread(Ledger, path, found.packs)
     return await read_data(
@@ -177,6 +185,7 @@ async def _read(
         ledger,
         clock,
         budget=budget,
+        part=part,
         expect=meter.expect,
         report=meter,
     )

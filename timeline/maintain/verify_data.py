@@ -31,6 +31,7 @@ from timeline.maintain.pack_check import ROW, FrameFault, PackResult, Rows, chec
 from timeline.maintain.pack_set import Indexes, PackSet
 from timeline.maintain.verify_ledger import Ledger
 from timeline.maintain.verify_pages import PageSource
+from timeline.maintain.verify_part import WHOLE, Part
 from timeline.maintain.verify_report import DataChecked
 from timeline.maintain.verify_wal import FRAME_COLUMNS
 from timeline.pg.relation_file import parse_relation_file
@@ -71,16 +72,20 @@ async def read_data(
     clock: Clock,
     *,
     budget: int | None,
+    part: Part = WHOLE,
     expect: Callable[[int], None],
     report: Callable[[int], None],
 ) -> ReadData:
     """Check chunks, then packs, until ``budget`` bytes are read (at least one pack); ``None``: all.
 
+    Of the packs only those of ``part``; the chunks are the first part's, and the counts are of this part alone.
     ``expect``: bytes that will be read; ``report``: bytes as they are. Raises NotFound for a chunk, Unavailable;
     the ledger holds what was done.
     """
     readable = packs.named[packs.sizes[packs.named] >= packs.needed[packs.named]]
     readable = readable[packs.sizes[readable] <= PACK_MAX_BYTES]
+    readable = readable[part.holds(packs.ids[readable])]
+    chunks = chunks if part.first else ()
     found = ReadData(DataChecked(0, 0, 0, 0, len(readable), int(packs.sizes[readable].sum()), 0, None, False))
     expect(sum(chunk.layout.size for chunk in chunks))
     chunk_bytes = await _read_chunks(store, chunks, found, report)

@@ -5,7 +5,10 @@ Only progress: a ledger that is lost or cannot be read costs reading everything 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,16 +36,25 @@ class Ledger:
         self.at[number] = now
 
     def save(self) -> None:
-        """Write the file, in one step; raises OSError."""
+        """Write the file, in one step; raises OSError.
+
+        What others have saved since is kept: several may read parts of one store at once.
+        """
         if self._path is None:
             return
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _alone(self._path.parent):
+            if self._path.exists():
+                self._load(self._path)
+            self._write(self._path)
+
+    def _write(self, path: Path) -> None:
         known = np.flatnonzero(self.at)
         entries = np.empty(len(known), _ENTRY)
         entries["id"], entries["at"] = self._packs.ids[known], self.at[known]
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(f".{os.getpid()}")
+        temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_bytes(entries.tobytes())
-        os.replace(temporary, self._path)
+        os.replace(temporary, path)
 
     def _load(self, path: Path) -> None:
         data = path.read_bytes()
@@ -52,4 +64,16 @@ class Ledger:
             return
         places = np.minimum(np.searchsorted(self._packs.ids, entries["id"]), len(self._packs) - 1)
         same = self._packs.ids[places] == entries["id"]
-        self.at[places[same]] = entries["at"][same]
+        # A pack is never unread again: the later time counts.
+        self.at[places[same]] = np.maximum(self.at[places[same]], entries["at"][same])
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One writer of a directory's ledgers at a time: for the moment that reading and writing one takes."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
