@@ -29,12 +29,13 @@ from restore.branch_request import (
     StoreAddress,
     dsn_of,
 )
+from restore.branch_scripts import Scripts, kept_scripts
 from restore.branches import Branches
 from restore.compute import Instance, Postmaster, find_postmaster, kill, launch, stop
 from restore.host import Host, find_host, told_plainly
 from restore.lazy_data import mount_stats, remount_data, unmount_data
 from restore.lazy_host import lazy_obstacle
-from restore.local_branch import COPY, DELETING, LAZY, READY, LocalBranch, Server
+from restore.local_branch import COPY, DELETING, LAZY, READY, LocalBranch, ScriptRun, Server
 from restore.process import is_alive
 from restore.threads import to_the_end
 from timeline.catalog.when import AtLsn, When
@@ -87,6 +88,7 @@ class HostBranches:
         await self.sweep()
         existing = self.registry.find(request.name) if request.name is not None else None
         if existing is not None and request.if_exists == "reuse":
+            _check_scripts(existing, request.scripts)
             return await self.start(existing.name)
         if existing is not None and request.if_exists == "reset":
             await self.delete(existing.name)
@@ -173,6 +175,7 @@ class HostBranches:
             mode=branch.mode,
             listen=Listen(server.listen, server.port) if server.listen is not None else None,
             preload=branch.preload,
+            scripts=kept_scripts(self.registry.directory(branch.id), branch.run),
         )
         await self.delete(name)
         return await self.create(request)
@@ -332,6 +335,7 @@ class HostBranches:
             replayed_bytes=branch.replayed_bytes,
             fetched_bytes=fetched_bytes + (stats.fetched_bytes if stats else 0),
             requests=requests + (stats.requests if stats else 0),
+            scripts=branch.run.scripts if branch.run else (),
             warnings=branch.warnings,
         )
 
@@ -343,6 +347,20 @@ def _check(request: BranchRequest) -> None:
         raise UsageError(f"not a choice: {request.if_exists!r}", hint=f"choices are {', '.join(_IF_EXISTS)}")
     if request.ttl_seconds is not None and request.ttl_seconds <= 0:
         raise UsageError("a time to live must be positive")
+
+
+def _check_scripts(existing: LocalBranch, scripts: Scripts) -> None:
+    """Raise UsageError when a branch that would be used again was not made with the scripts asked for."""
+    if scripts.scripts and (existing.run is None or _what_ran(existing.run) != _what_ran(scripts.run)):
+        raise UsageError(
+            f"branch {existing.name!r} was not made with these scripts",
+            hint="--if-exists reset makes it anew with them",
+        )
+
+
+def _what_ran(run: ScriptRun | None) -> tuple[object, ...]:
+    """Contents and place; where the files lie and how long they may take is no difference."""
+    return () if run is None else (run.database, tuple(record.digest for record in run.scripts))
 
 
 def _server(branch: LocalBranch) -> Server:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, tzinfo
 from urllib.parse import quote, urlencode
 
-from restore.local_branch import LocalBranch, Server
+from restore.branch_scripts import Scripts
+from restore.local_branch import LocalBranch, ScriptRecord, Server
 from timeline.catalog.when import When
 from timeline.clock import Micros
 from timeline.errors import UsageError
@@ -68,6 +69,8 @@ class BranchRequest:
     if_exists: str = "fail"
     """``fail``, ``reuse`` (what is there, started if need be) or ``reset`` (deleted and made again)."""
     cache_bytes: int = 20 << 30
+    scripts: Scripts = field(default_factory=Scripts)
+    """Run before anybody can reach the branch."""
     stock: bool = False
     """Begin at a base backup, where stock Postgres would, whatever snapshots there are."""
     untouched: bool = False
@@ -97,6 +100,8 @@ class BranchResult:
     fetched_bytes: int
     """From the store, since the branch (or its mount) was started."""
     requests: int
+    scripts: tuple[ScriptRecord, ...]
+    """Run before it was offered."""
     warnings: tuple[str, ...]
 
 

@@ -206,7 +206,7 @@ class _Psql:
         if self._binaries.major >= 17:
             options += " -c event_triggers=off"
         process = await asyncio.create_subprocess_exec(
-            _find_psql(self._binaries),
+            find_psql(self._binaries),
             *("-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-f", "-"),
             *("-h", self._endpoint.sockets, "-p", str(self._endpoint.port)),
             *("-U", self._endpoint.superuser, "-d", database),
@@ -239,7 +239,8 @@ class _PsqlError(TimelineError):
     """psql reports failure; its own words."""
 
 
-def _find_psql(binaries: Binaries) -> str:
+def find_psql(binaries: Binaries) -> str:
+    """The psql beside these binaries, or the host's; raises UsageError."""
     beside = binaries.directory / "psql"
     found = str(beside) if beside.exists() else shutil.which("psql")
     if found is None:

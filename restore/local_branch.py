@@ -67,6 +67,26 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
+class ScriptRecord:
+    """A script that was run before the branch was offered."""
+
+    path: str
+    """Where it was read from."""
+    digest: str
+    """BLAKE3 of its content, 64 hex digits."""
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptRun:
+    """All scripts of a branch, in the order they were run."""
+
+    scripts: tuple[ScriptRecord, ...]
+    database: str
+    timeout_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
 class LocalBranch:
     """Everything known about one branch of this host."""
 
@@ -88,6 +108,8 @@ class LocalBranch:
     replayed_bytes: int = 0
     preload: tuple[str, ...] = ()
     """Libraries asked for by name."""
+    run: ScriptRun | None = None
+    """Scripts it was made with; their contents are kept beside it."""
     warnings: tuple[str, ...] = ()
 
     def is_void(self, boot_id: str) -> bool:
