@@ -130,6 +130,12 @@ def local_zone() -> Any:
 @click.option(
     "--ttl", type=Duration(), metavar="DURATION", help="Delete it after this time (unnamed branches: 24h)."
 )
+@click.option(
+    "--stop-when-idle",
+    type=Duration(),
+    metavar="DURATION",
+    help="Stop it (`tl start` brings it back) when no client has been connected for so long.",
+)
 @click.option("--mode", type=click.Choice(["auto", "lazy", "copy"]), default="auto", show_default=True)
 @click.option("--listen", metavar="ADDR:PORT", help="Listen on TCP, too, with scram passwords.")
 @click.option("--preload", multiple=True, metavar="LIBRARY", help="A shared_preload_libraries entry to keep.")
@@ -145,6 +151,7 @@ def branch_command(
     parent: str,
     tli: int | None,
     ttl: float | None,
+    stop_when_idle: float | None,
     mode: str,
     listen: str | None,
     preload: tuple[str, ...],
@@ -177,6 +184,8 @@ def branch_command(
     scripts = chosen_scripts(settings, run, no_run=no_run, database=run_database, timeout_seconds=run_timeout)
     from restore.branch_request import BranchRequest, Listen, StoreAddress
 
+    idle = stop_when_idle or settings.operations.branch.stop_when_idle_seconds
+
     async def make() -> BranchResult:
         when: When | str = at
         if at.strip().lower() == "now":
@@ -190,6 +199,7 @@ def branch_command(
                 tli=tli,
                 parent=parent,
                 ttl_seconds=ttl,
+                stop_when_idle_seconds=None if idle is None else round(idle),
                 mode=mode,
                 listen=Listen.parse(listen) if listen else None,
                 preload=preload,
@@ -433,10 +443,17 @@ def logs_command(*, name: str, follow: bool, lines: int) -> None:
 @click.command("expire", hidden=True)
 @click.option("--json", "as_json", is_flag=True)
 def expire_command(*, as_json: bool) -> None:
-    """Delete the branches whose time is over; the mount agent runs this."""
-    names = asyncio.run(host_branches().expire())
+    """Delete the branches whose time is over, and stop the idle ones; the mount agent runs this."""
+    branches = host_branches()
+
+    async def act() -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return await branches.expire(), await branches.stop_idle()
+
+    deleted, stopped = asyncio.run(act())
     if as_json:
-        emit_json({"deleted": list(names)})
+        emit_json({"deleted": list(deleted), "stopped": list(stopped)})
     else:
-        for name in names:
+        for name in deleted:
             say(f"deleted {name}")
+        for name in stopped:
+            say(f"stopped {name}, which was idle")

@@ -63,6 +63,8 @@ class BranchRequest:
     """Line of history to look on; ``None``: the source's present one."""
     parent: str = MAIN
     ttl_seconds: float | None = None
+    stop_when_idle_seconds: int | None = None
+    """Stop it when no client has been connected for so long; ``None``: never."""
     mode: str = AUTO
     listen: Listen | None = None
     preload: tuple[str, ...] = ()

@@ -183,6 +183,11 @@ def _numbers(version: str) -> list[str]:
     return re.findall(r"\d+", version)[:2]
 
 
+async def ask_in_any_database(endpoint: Endpoint, binaries: Binaries, script: str) -> list[Any]:
+    """What the script's queries give, each one line of JSON; raises TimelineError."""
+    return await _in_any_database(_Psql(endpoint, binaries), script)
+
+
 async def _in_any_database(psql: _Psql, script: str) -> list[Any]:
     try:
         return await psql.run("postgres", script)
@@ -231,7 +236,7 @@ class _Psql:
                 await process.wait()
         if process.returncode != 0:
             reason = " ".join(err.decode(errors="replace").split())
-            raise _PsqlError(f"the branch cannot be isolated: {reason}")
+            raise _PsqlError(f"psql on the branch failed: {reason}")
         return [json.loads(line) for line in out.splitlines()]
 
 

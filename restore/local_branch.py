@@ -87,6 +87,19 @@ class ScriptRun:
 
 
 @dataclass(frozen=True, slots=True)
+class IdleStop:
+    """A branch that is stopped when nobody has been connected to it for some time (restore/idle.py)."""
+
+    after_seconds: int
+    since: Micros
+    """Nobody was seen since then."""
+    looked: Micros
+    """When that was last asked."""
+    sessions: int | None
+    """What Postgres had counted by then; ``None`` before the first look, and while somebody is connected."""
+
+
+@dataclass(frozen=True, slots=True)
 class LocalBranch:
     """Everything known about one branch of this host."""
 
@@ -110,6 +123,7 @@ class LocalBranch:
     """Libraries asked for by name."""
     run: ScriptRun | None = None
     """Scripts it was made with; their contents are kept beside it."""
+    idle: IdleStop | None = None
     warnings: tuple[str, ...] = ()
 
     def is_void(self, boot_id: str) -> bool:
