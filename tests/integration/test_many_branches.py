@@ -70,7 +70,7 @@ def test_a_large_crowd(host: Host) -> None:
 
 
 def test_one_name_has_one_winner(host: Host) -> None:
-    """The others are told that it is taken, or being made; never anything else."""
+    """EDGE 54: the others are told that it is taken, or being made; never anything else."""
     with ThreadPoolExecutor(6) as pool:
         done = list(pool.map(lambda _: host.run("branch", "wanted", timeout=300), range(6)))
     assert [one.returncode for one in done].count(0) == 1, [one.stderr for one in done]

@@ -63,7 +63,7 @@ def alembic(project: Path, dsn: str) -> subprocess.CompletedProcess[str]:
 
 def value(dsn: str, query: str) -> object:
     with psycopg.connect(dsn, autocommit=True) as connection:
-        row = connection.execute(query).fetchone()  # type: ignore[arg-type]
+        row = connection.execute(query).fetchone()
     assert row is not None
     return row[0]
 
