@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.branch_scripts import chosen_scripts, script_options
 from cli.config import Settings, source_option, store_options
+from cli.duration import Duration
 from cli.init import confirm
 from cli.output import (
     duration_text,
@@ -31,24 +33,7 @@ if TYPE_CHECKING:
     from timeline.catalog.when import When
 
 NOW_TIMEOUT_SECONDS = 60.0
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|d|w)?", re.IGNORECASE)
-_UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 _TIMES = ("time", "last_commit_time", "next_commit_time", "expires")
-
-
-class Duration(click.ParamType[float]):
-    """Seconds, or ``90s``, ``30m``, ``2h``, ``7d``, ``2w``."""
-
-    name = "duration"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Seconds."""
-        if isinstance(value, float):
-            return value
-        match = _DURATION.fullmatch(str(value).strip())
-        if match is None or float(match[1]) <= 0:
-            self.fail(f"{value!r} is no duration; write 30m, 2h or 7d", param, ctx)
-        return float(match[1]) * _UNITS[(match[2] or "s").lower()]
 
 
 def host_branches(*, mounting: str | None = None) -> HostBranches:
@@ -145,10 +130,17 @@ def local_zone() -> Any:
 @click.option(
     "--ttl", type=Duration(), metavar="DURATION", help="Delete it after this time (unnamed branches: 24h)."
 )
+@click.option(
+    "--stop-when-idle",
+    type=Duration(),
+    metavar="DURATION",
+    help="Stop it (`tl start` brings it back) when no client has been connected for so long.",
+)
 @click.option("--mode", type=click.Choice(["auto", "lazy", "copy"]), default="auto", show_default=True)
 @click.option("--listen", metavar="ADDR:PORT", help="Listen on TCP, too, with scram passwords.")
 @click.option("--preload", multiple=True, metavar="LIBRARY", help="A shared_preload_libraries entry to keep.")
 @click.option("--if-exists", type=click.Choice(["fail", "reuse", "reset"]), default="fail", show_default=True)
+@script_options
 @source_option
 @store_options
 def branch_command(
@@ -159,10 +151,15 @@ def branch_command(
     parent: str,
     tli: int | None,
     ttl: float | None,
+    stop_when_idle: float | None,
     mode: str,
     listen: str | None,
     preload: tuple[str, ...],
     if_exists: str,
+    run: tuple[Path, ...],
+    no_run: bool,
+    run_database: str | None,
+    run_timeout: float | None,
 ) -> None:
     """A running, writable, isolated Postgres as of WHEN. Prints how to connect.
 
@@ -176,10 +173,18 @@ def branch_command(
            now                    the source's present position; waits until it is stored
 
     Without a NAME one is generated, and the branch lives for 24 hours.
+
+    Scripts (--run, and `run` of [cluster.NAME.branch] in tl.toml) run through psql as superuser, all in one
+    session and one transaction, before anybody can reach the branch. If anything fails there is no branch.
+    A script with a statement that no transaction may hold says COMMIT; before it. `tl reset` runs the same
+    again, from copies kept with the branch.
     """
     url = settings.need_store()
     branches = host_branches(mounting=url if mode != "copy" else None)
+    scripts = chosen_scripts(settings, run, no_run=no_run, database=run_database, timeout_seconds=run_timeout)
     from restore.branch_request import BranchRequest, Listen, StoreAddress
+
+    idle = stop_when_idle or settings.operations.branch.stop_when_idle_seconds
 
     async def make() -> BranchResult:
         when: When | str = at
@@ -194,10 +199,12 @@ def branch_command(
                 tli=tli,
                 parent=parent,
                 ttl_seconds=ttl,
+                stop_when_idle_seconds=None if idle is None else round(idle),
                 mode=mode,
                 listen=Listen.parse(listen) if listen else None,
                 preload=preload,
                 if_exists=if_exists,
+                scripts=scripts,
             )
         )
 
@@ -224,6 +231,8 @@ def print_branch(result: BranchResult) -> None:
         f"cost       {size_text(result.fetched_bytes)} fetched in {result.requests} requests, "
         f"{size_text(result.replayed_bytes)} of WAL replayed"
     )
+    for script in result.scripts:
+        say(f"has run    {script.path}")
     if result.expires is not None:
         say(f"expires    {local_time(result.expires)}")
     say(f"connect    psql '{result.dsn}'")
@@ -444,10 +453,17 @@ def logs_command(*, name: str, follow: bool, lines: int) -> None:
 @click.command("expire", hidden=True)
 @click.option("--json", "as_json", is_flag=True)
 def expire_command(*, as_json: bool) -> None:
-    """Delete the branches whose time is over; the mount agent runs this."""
-    names = asyncio.run(host_branches().expire())
+    """Delete the branches whose time is over, and stop the idle ones; the mount agent runs this."""
+    branches = host_branches()
+
+    async def act() -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return await branches.expire(), await branches.stop_idle()
+
+    deleted, stopped = asyncio.run(act())
     if as_json:
-        emit_json({"deleted": list(names)})
+        emit_json({"deleted": list(deleted), "stopped": list(stopped)})
     else:
-        for name in names:
+        for name in deleted:
             say(f"deleted {name}")
+        for name in stopped:
+            say(f"stopped {name}, which was idle")

@@ -137,7 +137,8 @@ def resolve(
             raise UsageError(f"{path}: no cluster {wanted!r}", hint=f"known: {', '.join(known) or 'none'}")
     elif settings.store is not None:
         # A store named by hand still finds its source, if exactly one cluster archives into it.
-        matching = [item for item in known.values() if item.store == settings.store]
+        wanted_store = settings.store.rstrip("/")
+        matching = [item for item in known.values() if (item.store or "").rstrip("/") == wanted_store]
         if len(matching) != 1:
             return settings
         chosen = matching[0]

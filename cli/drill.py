@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cli.branch import Duration, local_zone, resolve_now
+from cli.branch import local_zone, resolve_now
 from cli.config import Settings, source_option, store_options
+from cli.duration import Duration
 from cli.output import duration_text, emit_json, iso, local_time, note, plain, say, table, warn
 from timeline.errors import TimelineError, Unavailable, UsageError
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from cli.branch import Duration
 from cli.config import config_path, read_clusters
+from cli.duration import Duration
 from cli.each_tasks import JOBS, Row, chosen_clusters, refuse_named_by_us, row_of, task_for
 from cli.executor import LocalPlace, Place, Task, worst
 from cli.executor_open import PlaceType, open_executor

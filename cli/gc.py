@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.branch import Duration
 from cli.config import Settings, store_options
+from cli.duration import Duration
 from cli.output import duration_text, emit_json, iso, local_time, note, on_terminal, say, size_text, warn
 from timeline.ids import MAIN
 

@@ -36,6 +36,17 @@ class ArchivePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class BranchPlan:
+    """``[cluster.NAME.branch]``: what every ``tl branch`` of the cluster does unless told otherwise."""
+
+    run: tuple[str, ...] = ()
+    """Scripts, by paths from the directory of tl.toml."""
+    run_database: str = "postgres"
+    run_timeout_seconds: float = 600.0
+    stop_when_idle_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotPlan:
     """``[cluster.NAME.snapshots]``."""
 
@@ -134,6 +145,7 @@ class Operations:
     """All sub-tables of one cluster."""
 
     archive: ArchivePlan = field(default_factory=ArchivePlan)
+    branch: BranchPlan = field(default_factory=BranchPlan)
     snapshots: SnapshotPlan = field(default_factory=SnapshotPlan)
     backup: BackupPlan = field(default_factory=BackupPlan)
     retention: RetentionPlan = field(default_factory=RetentionPlan)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.branch import Duration
 from cli.config import Settings, store_options
+from cli.duration import Duration
 from cli.output import duration_text, emit_json, iso, say, size_text
 from timeline.errors import Unavailable
 from timeline.ids import MAIN

@@ -17,6 +17,7 @@ from cli.operations import (
     AlertPlan,
     ArchivePlan,
     BackupPlan,
+    BranchPlan,
     DaemonPlan,
     DrillPlan,
     HookPlan,
@@ -290,6 +291,15 @@ SUB_TABLES: dict[str, tuple[dict[str, Key], Callable[..., Any]]] = {
             "standbys": Key(_words, "standbys"),
         },
         ArchivePlan,
+    ),
+    "branch": (
+        {
+            "run": Key(_words, "run"),
+            "run_database": Key(_text, "run_database"),
+            "run_timeout": Key(_positive_span, "run_timeout_seconds"),
+            "stop_when_idle": Key(_span_or_off, "stop_when_idle_seconds"),
+        },
+        BranchPlan,
     ),
     "snapshots": (
         {"every": Key(_bytes, "every_bytes"), "schedule": Key(_schedule, "schedule"), **_TIMEOUT},

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from datetime import UTC, tzinfo
 from pathlib import Path
 
-from restore import agent, mount_table
+from restore import agent, idle, mount_table
 from restore.binaries import Binaries, find_binaries
 from restore.branch_make import BranchMaker, ready_seconds
 from restore.branch_request import (
@@ -29,12 +29,14 @@ from restore.branch_request import (
     StoreAddress,
     dsn_of,
 )
+from restore.branch_scripts import Scripts, kept_scripts
 from restore.branches import Branches
 from restore.compute import Instance, Postmaster, find_postmaster, kill, launch, stop
 from restore.host import Host, find_host, told_plainly
+from restore.isolation import Endpoint
 from restore.lazy_data import mount_stats, pin_note, remount_data, unmount_data
 from restore.lazy_host import lazy_obstacle
-from restore.local_branch import COPY, DELETING, LAZY, READY, LocalBranch, Server
+from restore.local_branch import COPY, DELETING, LAZY, READY, LocalBranch, ScriptRun, Server
 from restore.mount_damage import met_damage
 from restore.process import is_alive
 from restore.threads import to_the_end
@@ -89,6 +91,7 @@ class HostBranches:
         await self.sweep()
         existing = self.registry.find(request.name) if request.name is not None else None
         if existing is not None and request.if_exists == "reuse":
+            _check_scripts(existing, request.scripts)
             return await self.start(existing.name)
         if existing is not None and request.if_exists == "reset":
             await self.delete(existing.name)
@@ -108,8 +111,10 @@ class HostBranches:
             try:
                 with told_plainly():
                     branch = dataclasses.replace(await maker.make(), phase=READY)
-                    if branch.expires is not None:
-                        await self._register_expiry(branch)
+                    if request.stop_when_idle_seconds is not None:
+                        begun = idle.begin(request.stop_when_idle_seconds, self._clock.now())
+                        branch = dataclasses.replace(branch, idle=begun)
+                    await self._register(branch)
                     self.registry.save(branch)
             except BaseException as error:
                 damages = met_damage(self.registry.directory(branch.id) / "mount.log")
@@ -134,6 +139,11 @@ class HostBranches:
             if self._state(branch) != "running":
                 with told_plainly():
                     branch = await self._start(branch)
+                    if branch.idle is not None:
+                        begun = idle.begin(branch.idle.after_seconds, self._clock.now())
+                        branch = dataclasses.replace(branch, idle=begun)
+                        self.registry.save(branch)
+                        await self._register(branch)
         return self._result(branch, self._clock.monotonic() - began, 0, 0)
 
     async def stop(self, name: str) -> None:
@@ -145,7 +155,9 @@ class HostBranches:
             if running is not None:
                 await stop(running, self._clock, seconds=_STOP_SECONDS)
             await self._unmount(branch)
-            self._save_process(branch, None)
+            branch = self._save_process(branch, None)
+            if branch.idle is not None:
+                await self._register(branch)
 
     async def delete(self, name: str) -> None:
         """Delete a branch with all its data; raises UsageError when it is protected."""
@@ -176,9 +188,11 @@ class HostBranches:
             tli=origin.tli if when is None else None,
             parent=origin.parent,
             ttl_seconds=left,
+            stop_when_idle_seconds=branch.idle.after_seconds if branch.idle else None,
             mode=branch.mode,
             listen=Listen(server.listen, server.port) if server.listen is not None else None,
             preload=branch.preload,
+            scripts=kept_scripts(self.registry.directory(branch.id), branch.run),
         )
         await self.delete(name)
         return await self.create(request)
@@ -219,6 +233,48 @@ class HostBranches:
         for branch in expired:
             await self.delete(branch.name)
         return tuple(branch.name for branch in expired)
+
+    async def stop_idle(self) -> tuple[str, ...]:
+        """Stop the branches that nobody has been connected to for as long as they were told; their names.
+
+        One that a client connects to in the moment between look and stop is stopped all the same. A branch that
+        does not answer, or that another tl works on, is left for the next time.
+        """
+        stopped = []
+        failure: TimelineError | None = None
+        for branch in self.registry.all():
+            if branch.idle is None or self._state(branch) != "running":
+                continue
+            if idle.next_look(branch.idle) > self._clock.now():
+                continue
+            try:
+                if await self._is_idle(branch):
+                    await self.stop(branch.name)
+                    stopped.append(branch.name)
+            except TimelineError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return tuple(stopped)
+
+    async def _is_idle(self, branch: LocalBranch) -> bool:
+        """Look, and write down what was seen."""
+        with self.registry.lock(branch):
+            branch = self.registry.reread(branch)
+            if branch.idle is None:
+                return False
+            server, now = _server(branch), self._clock.now()
+            # Written first: what fails now is tried again at the next look, not at once.
+            seen = dataclasses.replace(branch.idle, looked=now)
+            try:
+                endpoint = Endpoint(server.sockets, server.port, server.superuser)
+                binaries = Binaries(server.major, Path(server.bin_directory))
+                seen = idle.judge(branch.idle, await idle.look(endpoint, binaries), now)
+            finally:
+                branch = dataclasses.replace(branch, idle=seen)
+                self.registry.save(branch)
+                await self._register(branch)
+            return idle.is_over(seen, now)
 
     async def sweep(self) -> tuple[str, ...]:
         """Remove what crashes of earlier calls left; the names they had."""
@@ -273,7 +329,7 @@ class HostBranches:
             if running is not None:
                 await kill(running, self._clock)
         await self._unmount(branch)
-        if branch.expires is not None:
+        if branch.expires is not None or branch.idle is not None:
             await to_the_end(lambda: agent.unregister(self.host.state, branch.id))
         await to_the_end(lambda: self.registry.remove(branch))
 
@@ -291,13 +347,20 @@ class HostBranches:
         self.registry.save(branch)
         return branch
 
-    async def _register_expiry(self, branch: LocalBranch) -> None:
+    async def _register(self, branch: LocalBranch) -> None:
+        """Have the agent run `tl expire` when the branch is next due for something."""
+        due = [] if branch.expires is None else [branch.expires]
+        if branch.idle is not None and branch.server is not None and branch.server.pid is not None:
+            due.append(idle.next_look(branch.idle))
+        if not due:
+            if branch.idle is not None:
+                await to_the_end(lambda: agent.unregister(self.host.state, branch.id))
+            return
         root = os.fspath(Path(__file__).parent.parent)
         code = f"import sys; sys.path.insert(0, {root!r}); from cli.main import main; main()"
         command = [sys.executable, "-c", code, "expire"]
-        expires = branch.expires or 0
         place = {"TL_STATE": os.fspath(self.host.state), "TL_CACHE": os.fspath(self.host.cache)}
-        await to_the_end(lambda: agent.register(self.host.state, branch.id, expires, command, place))
+        await to_the_end(lambda: agent.register(self.host.state, branch.id, min(due), command, place))
 
     def _state(self, branch: LocalBranch) -> str:
         server = branch.server
@@ -339,6 +402,7 @@ class HostBranches:
             replayed_bytes=branch.replayed_bytes,
             fetched_bytes=fetched_bytes + (stats.fetched_bytes if stats else 0),
             requests=requests + (stats.requests if stats else 0),
+            scripts=branch.run.scripts if branch.run else (),
             warnings=branch.warnings,
         )
 
@@ -350,6 +414,23 @@ def _check(request: BranchRequest) -> None:
         raise UsageError(f"not a choice: {request.if_exists!r}", hint=f"choices are {', '.join(_IF_EXISTS)}")
     if request.ttl_seconds is not None and request.ttl_seconds <= 0:
         raise UsageError("a time to live must be positive")
+    shortest = idle.SHORTEST_SECONDS
+    if request.stop_when_idle_seconds is not None and request.stop_when_idle_seconds < shortest:
+        raise UsageError(f"a branch is idle after {shortest} s without clients at the soonest")
+
+
+def _check_scripts(existing: LocalBranch, scripts: Scripts) -> None:
+    """Raise UsageError when a branch that would be used again was not made with the scripts asked for."""
+    if scripts.scripts and (existing.run is None or _what_ran(existing.run) != _what_ran(scripts.run)):
+        raise UsageError(
+            f"branch {existing.name!r} was not made with these scripts",
+            hint="--if-exists reset makes it anew with them",
+        )
+
+
+def _what_ran(run: ScriptRun | None) -> tuple[object, ...]:
+    """Contents and place; where the files lie and how long they may take is no difference."""
+    return () if run is None else (run.database, tuple(record.digest for record in run.scripts))
 
 
 def _server(branch: LocalBranch) -> Server:

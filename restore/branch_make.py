@@ -24,6 +24,7 @@ from pathlib import Path
 
 from restore.binaries import Binaries, find_binaries, library_directory
 from restore.branch_request import AUTO, COPY_LIMIT_BYTES, BranchRequest, Listen
+from restore.branch_scripts import run_scripts
 from restore.branches import Branches
 from restore.compute import Instance, Postmaster, launch, promoted_at, stop
 from restore.data_files import PlainDirectory, configure, lay_out
@@ -173,6 +174,7 @@ class BranchMaker:
             self._warnings += await isolate(
                 self.data, endpoint, binaries, incarnation, IcuMemory(self._host.state)
             )
+            await run_scripts(self.request.scripts, self._directory, endpoint, binaries, instance.log)
         if self.request.listen is not None:
             postmaster = await self._listen(instance, postmaster)
         self._note(postmaster)
@@ -234,6 +236,7 @@ class BranchMaker:
             ),
             replayed_bytes=plan.replayed_bytes,
             preload=self.request.preload,
+            run=self.request.scripts.run,
         )
         self._branches.save(self.branch)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, tzinfo
 from urllib.parse import quote, urlencode
 
-from restore.local_branch import LocalBranch, Server
+from restore.branch_scripts import Scripts
+from restore.local_branch import LocalBranch, ScriptRecord, Server
 from restore.pin_keeper import PinNote
 from timeline.catalog.when import When
 from timeline.clock import Micros
@@ -63,12 +64,16 @@ class BranchRequest:
     """Line of history to look on; ``None``: the source's present one."""
     parent: str = MAIN
     ttl_seconds: float | None = None
+    stop_when_idle_seconds: int | None = None
+    """Stop it when no client has been connected for so long; ``None``: never."""
     mode: str = AUTO
     listen: Listen | None = None
     preload: tuple[str, ...] = ()
     if_exists: str = "fail"
     """``fail``, ``reuse`` (what is there, started if need be) or ``reset`` (deleted and made again)."""
     cache_bytes: int = 20 << 30
+    scripts: Scripts = field(default_factory=Scripts)
+    """Run before anybody can reach the branch."""
     stock: bool = False
     """Begin at a base backup, where stock Postgres would, whatever snapshots there are."""
     untouched: bool = False
@@ -98,6 +103,8 @@ class BranchResult:
     fetched_bytes: int
     """From the store, since the branch (or its mount) was started."""
     requests: int
+    scripts: tuple[ScriptRecord, ...]
+    """Run before it was offered."""
     warnings: tuple[str, ...]
 
 

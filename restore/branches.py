@@ -36,7 +36,10 @@ from timeline.clock import Clock, Micros
 from timeline.errors import TimelineError, Unavailable, UsageError
 from timeline.ids import branch_name, new_branch_name
 
-_REGISTRY_SECONDS = 10.0
+_REGISTRY_SECONDS = 60.0
+"""Held for moments only, but a crowd on a busy host waits for all of them."""
+_BRANCH_SECONDS = 2.0
+"""Whoever looks for debris has a branch's lock for a moment."""
 _LOCK_POLL_SECONDS = 0.01
 _NAME_ATTEMPTS = 50
 
@@ -142,13 +145,17 @@ class Branches:
         return tuple(sorted(ready, key=lambda branch: branch.created))
 
     def lock(self, branch: LocalBranch) -> BranchLock:
-        """The right to change it; raises Unavailable while another process has it.
+        """The right to change it; raises Unavailable when another process has it for longer than a moment.
 
         Read the branch again after locking: it may have changed, or gone.
         """
-        lock = self._try_lock(self.directory(branch.id))
-        if lock is None:
-            raise Unavailable(f"branch {branch.name!r} is being worked on by another tl", hint="try again")
+        deadline = self._clock.monotonic() + _BRANCH_SECONDS
+        while (lock := self._try_lock(self.directory(branch.id))) is None:
+            if self._clock.monotonic() >= deadline:
+                raise Unavailable(
+                    f"branch {branch.name!r} is being worked on by another tl", hint="try again"
+                )
+            self._clock.pause(_LOCK_POLL_SECONDS)
         return lock
 
     def reread(self, branch: LocalBranch) -> LocalBranch:
@@ -165,11 +172,19 @@ class Branches:
             return []
         with self._registry():
             for directory in sorted(self.host.branches.iterdir()):
+                if directory.name.startswith("."):
+                    # Somebody tries the file system (restore/sparse.py).
+                    continue
                 branch = self._read(directory)
                 if branch is not None and branch.phase == READY:
                     continue
                 lock = self._try_lock(directory)
                 if lock is None:
+                    continue
+                # Read again: its maker may have offered it and let go of it in between.
+                branch = self._read(directory)
+                if branch is not None and branch.phase == READY:
+                    lock.close()
                     continue
                 if branch is None:
                     # Created but nothing written yet, and its maker is dead: there is nothing more to it.

@@ -183,6 +183,11 @@ def _numbers(version: str) -> list[str]:
     return re.findall(r"\d+", version)[:2]
 
 
+async def ask_in_any_database(endpoint: Endpoint, binaries: Binaries, script: str) -> list[Any]:
+    """What the script's queries give, each one line of JSON; raises TimelineError."""
+    return await _in_any_database(_Psql(endpoint, binaries), script)
+
+
 async def _in_any_database(psql: _Psql, script: str) -> list[Any]:
     try:
         return await psql.run("postgres", script)
@@ -206,7 +211,7 @@ class _Psql:
         if self._binaries.major >= 17:
             options += " -c event_triggers=off"
         process = await asyncio.create_subprocess_exec(
-            _find_psql(self._binaries),
+            find_psql(self._binaries),
             *("-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-f", "-"),
             *("-h", self._endpoint.sockets, "-p", str(self._endpoint.port)),
             *("-U", self._endpoint.superuser, "-d", database),
@@ -231,7 +236,7 @@ class _Psql:
                 await process.wait()
         if process.returncode != 0:
             reason = " ".join(err.decode(errors="replace").split())
-            raise _PsqlError(f"the branch cannot be isolated: {reason}")
+            raise _PsqlError(f"psql on the branch failed: {reason}")
         return [json.loads(line) for line in out.splitlines()]
 
 
@@ -239,7 +244,8 @@ class _PsqlError(TimelineError):
     """psql reports failure; its own words."""
 
 
-def _find_psql(binaries: Binaries) -> str:
+def find_psql(binaries: Binaries) -> str:
+    """The psql beside these binaries, or the host's; raises UsageError."""
     beside = binaries.directory / "psql"
     found = str(beside) if beside.exists() else shutil.which("psql")
     if found is None:

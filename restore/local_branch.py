@@ -67,6 +67,39 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
+class ScriptRecord:
+    """A script that was run before the branch was offered."""
+
+    path: str
+    """Where it was read from."""
+    digest: str
+    """BLAKE3 of its content, 64 hex digits."""
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptRun:
+    """All scripts of a branch, in the order they were run."""
+
+    scripts: tuple[ScriptRecord, ...]
+    database: str
+    timeout_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class IdleStop:
+    """A branch that is stopped when nobody has been connected to it for some time (restore/idle.py)."""
+
+    after_seconds: int
+    since: Micros
+    """Nobody was seen since then."""
+    looked: Micros
+    """When that was last asked."""
+    sessions: int | None
+    """What Postgres had counted by then; ``None`` before the first look, and while somebody is connected."""
+
+
+@dataclass(frozen=True, slots=True)
 class LocalBranch:
     """Everything known about one branch of this host."""
 
@@ -88,6 +121,9 @@ class LocalBranch:
     replayed_bytes: int = 0
     preload: tuple[str, ...] = ()
     """Libraries asked for by name."""
+    run: ScriptRun | None = None
+    """Scripts it was made with; their contents are kept beside it."""
+    idle: IdleStop | None = None
     warnings: tuple[str, ...] = ()
 
     def is_void(self, boot_id: str) -> bool:

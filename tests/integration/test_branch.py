@@ -506,3 +506,44 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_branch_that_nobody_uses_is_stopped(bench: Bench) -> None:
+    """Connected clients and short visits between two looks put it off; its data stays; a start begins anew."""
+    clock = SkippingClock()
+    branches = HostBranches.of({**os.environ, "TL_STATE": str(bench.root / "state")}, clock)
+    made = asyncio.run(branches.create(bench.request(name="idle", stop_when_idle_seconds=600)))
+
+    def later(seconds: int) -> tuple[str, ...]:
+        clock.skipped += seconds * 1_000_000
+        return asyncio.run(branches.stop_idle())
+
+    assert later(100) == (), "too early to look"
+    with psycopg.connect(made.dsn) as connection:
+        assert later(200) == later(700) == ()
+        connection.execute("create table mine ()")
+    assert later(200) == (), "somebody has been there"
+    assert later(500) == (), "from here on it is quiet"
+    run(made.dsn, "select 1")
+    assert later(500) == (), "a short visit"
+    assert later(500) == ()
+    assert later(200) == ("idle",)
+    assert branches.status("idle").state == "stopped"
+    assert later(5000) == ()
+    again = asyncio.run(branches.start("idle"))
+    assert value(again, "select count(*) from mine") == 0
+    assert later(300) == ()
+    assert asyncio.run(branches.reset("idle")).name == "idle"
+    idle = branches.registry.get("idle").idle
+    assert idle is not None and idle.after_seconds == 600
+    with pytest.raises(UsageError, match="60 s"):
+        bench.create(stop_when_idle_seconds=5)
+
+
+class SkippingClock(SystemClock):
+    """Whose wall clock can be put forward."""
+
+    skipped = 0
+
+    def now(self) -> int:
+        return super().now() + self.skipped

@@ -9,7 +9,8 @@ import click
 import pytest
 
 from cli.archive import _Rate
-from cli.branch import Duration, not_main
+from cli.branch import not_main
+from cli.duration import Duration
 from cli.estimate import estimate_month
 from cli.output import duration_text, emit_json, fail, iso, size_text
 from timeline.errors import DamagedStore, TargetUnreachable, UsageError

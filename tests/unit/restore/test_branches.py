@@ -151,3 +151,32 @@ def test_socket_directories_are_short_whatever_the_state_directory(tmp_path: Pat
     host = find_host({**os.environ, "TL_STATE": str(deep)})
     assert len(str(host.sockets / "0123456789")) <= SOCKET_DIRECTORY_BYTES
     assert host.cache == deep / "cache"
+
+
+def test_a_branch_offered_while_somebody_sweeps_is_no_debris(
+    branches: Branches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its maker lets go of it between the sweeper's look and the sweeper's lock."""
+    branch, lock = branches.reserve("late", mode=LAZY, expires=None, durable=True)
+    take = branches._try_lock
+
+    def offered_meanwhile(directory: Path) -> object:
+        branches.save(dataclasses.replace(branch, phase=READY))
+        lock.close()
+        return take(directory)
+
+    monkeypatch.setattr(branches, "_try_lock", offered_meanwhile)
+    assert branches.debris() == []
+    monkeypatch.undo()
+    assert branches.get("late").phase == READY
+    branches.lock(branch).close()
+
+
+def test_what_tries_the_file_system_is_no_debris(branches: Branches) -> None:
+    """Others do so in the same directory at the same time."""
+    make_ready(branches, "one")
+    (branches.host.branches / ".probe.1").touch()
+    (branches.host.branches / ".probe2.1").mkdir()
+    assert branches.debris() == []
+    assert {path.name for path in branches.host.branches.glob(".*")} == {".probe.1", ".probe2.1"}
+    assert [branch.name for branch in branches.all()] == ["one"]
