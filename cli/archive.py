@@ -482,14 +482,23 @@ def backup_progress() -> Iterator[Callable[[BackupStatus], None]]:
 @click.option(
     "--allow-checksum-failures", is_flag=True, help="Keep the backup though the server found broken pages."
 )
+@click.option(
+    "--anew", is_flag=True, help="Store everything again, also what earlier snapshots have: after damage."
+)
 @source_option
 @store_options
 def backup_command(
-    *, settings: Settings, rate_limit: int | None, fast_checkpoint: bool, allow_checksum_failures: bool
+    *,
+    settings: Settings,
+    rate_limit: int | None,
+    fast_checkpoint: bool,
+    allow_checksum_failures: bool,
+    anew: bool,
 ) -> None:
     """Take another base backup: compare it with the newest snapshot, store and report what differs.
 
-    One is never needed within an unbroken history; it shortens the replay of later branches, and mends a lost slot.
+    One is never needed within an unbroken history; it shortens the replay of later branches, and with --anew
+    everything after it is free of damage to older objects.
     """
     from timeline.archive.basebackup import BackupOptions
 
@@ -497,6 +506,7 @@ def backup_command(
         fast_checkpoint=fast_checkpoint,
         rate_bytes_per_second=rate_limit,
         allow_checksum_failures=allow_checksum_failures,
+        anew=anew,
     )
     report = asyncio.run(_backup(settings, options))
     differences = report.differences
