@@ -22,7 +22,7 @@ _LINE = re.compile(
     r"|^```(?P<language>\w*)\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-_FIGURE = re.compile(r"\d[\d,.:/]*")
+_FIGURE = re.compile(r"\d(?:[\d,.:/]*\d)?")
 _BLOCK_SECONDS = 240
 
 
