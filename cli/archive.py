@@ -256,7 +256,9 @@ class _Archive:
             streaming = asyncio.create_task(archiver.run(self._stop))
             backing_up = asyncio.create_task(self._ensure_base(archiver, store))
             sealing = asyncio.create_task(self._seal(store))
-            catching_up = asyncio.create_task(self._catch_up(archiver, backing_up)) if self._once else None
+            catching_up = (
+                asyncio.create_task(self._catch_up(archiver, backing_up, store)) if self._once else None
+            )
             building = self._start_building(archiver)
             reporting = asyncio.create_task(self._report(archiver)) if self._writer is not None else None
             helpers = [
@@ -380,9 +382,10 @@ class _Archive:
                 note(f"tl: sealing: {error.message}; trying again in {SEAL_RETRY_SECONDS:g} s")
                 await self._clock.sleep(SEAL_RETRY_SECONDS)
 
-    async def _catch_up(self, archiver: Archiver, backing_up: asyncio.Task[str | None]) -> None:
+    async def _catch_up(self, archiver: Archiver, backing_up: asyncio.Task[str | None], store: Store) -> None:
         """Stop the archiver when a base backup is there and the position the source then has is stored."""
-        from timeline.archive.source import Source
+        from timeline.catalog.branch_log import BranchLog
+        from timeline.ids import MAIN
 
         waiting_since: float | None = None
         while not backing_up.done():
@@ -394,6 +397,19 @@ class _Archive:
                 raise Unavailable(status.error or "the source does not answer", hint=status.hint)
         if backing_up.exception() is not None:
             return
+        await self._reach_source(archiver)
+        # A source may say only after the stream has begun that WAL is lost (EDGE 7), and a gap wants a base backup.
+        log = BranchLog(store, MAIN, self._clock, self._clock.token(8))
+        head = await log.load()
+        if head is not None and _lacks_base(head.state):
+            self._snapshot = await self._take_base(store, log)
+            await self._reach_source(archiver)
+        self._stop.set()
+
+    async def _reach_source(self, archiver: Archiver) -> None:
+        """Until the position that the source has now is stored."""
+        from timeline.archive.source import Source
+
         source = await Source.open(self._config.conninfo)
         try:
             goal = (await source.probe(slot=None, sender_pid=None)).end
@@ -401,7 +417,6 @@ class _Archive:
             await source.aclose()
         while archiver.durable is None or archiver.durable < goal:
             await self._clock.sleep(CATCH_UP_POLL_SECONDS)
-        self._stop.set()
 
     async def _report(self, archiver: Archiver) -> None:
         """Keep the supervisor informed, whether anything changes or not."""
@@ -482,14 +497,23 @@ def backup_progress() -> Iterator[Callable[[BackupStatus], None]]:
 @click.option(
     "--allow-checksum-failures", is_flag=True, help="Keep the backup though the server found broken pages."
 )
+@click.option(
+    "--anew", is_flag=True, help="Store everything again, also what earlier snapshots have: after damage."
+)
 @source_option
 @store_options
 def backup_command(
-    *, settings: Settings, rate_limit: int | None, fast_checkpoint: bool, allow_checksum_failures: bool
+    *,
+    settings: Settings,
+    rate_limit: int | None,
+    fast_checkpoint: bool,
+    allow_checksum_failures: bool,
+    anew: bool,
 ) -> None:
     """Take another base backup: compare it with the newest snapshot, store and report what differs.
 
-    One is never needed within an unbroken history; it shortens the replay of later branches, and mends a lost slot.
+    One is never needed within an unbroken history; it shortens the replay of later branches, and with --anew
+    everything after it is free of damage to older objects.
     """
     from timeline.archive.basebackup import BackupOptions
 
@@ -497,6 +521,7 @@ def backup_command(
         fast_checkpoint=fast_checkpoint,
         rate_bytes_per_second=rate_limit,
         allow_checksum_failures=allow_checksum_failures,
+        anew=anew,
     )
     report = asyncio.run(_backup(settings, options))
     differences = report.differences

@@ -437,6 +437,22 @@ def psql_command(*, name: str, arguments: tuple[str, ...], database: str) -> Non
         raise UsageError("no psql on this host", hint="apt-get install postgresql-client") from None
 
 
+@click.command("dsn")
+@click.argument("name")
+@click.option("-d", "--database", default="postgres", show_default=True, metavar="NAME")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def dsn_command(*, name: str, database: str, as_json: bool) -> None:
+    """Print how to connect to a running branch, for pg_dump and other programs: psql "$(tl dsn NAME)"."""
+    from restore.branch_request import socket_dsn_of
+
+    status = host_branches().status(not_main(name))
+    server = status.branch.server
+    if server is None or status.state != "running":
+        raise UsageError(f"branch {name!r} is {status.state}", hint=f"tl start {name}")
+    dsn = socket_dsn_of(server, database=database)
+    emit_json({"name": name, "dsn": dsn}) if as_json else say(dsn)
+
+
 @click.command("logs")
 @click.argument("name")
 @click.option("-f", "--follow", is_flag=True, help="Go on printing what is added.")

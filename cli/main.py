@@ -28,6 +28,7 @@ _COMMANDS = {
     "rename": ("cli.branch", "give a branch another name"),
     "protect": ("cli.branch", "refuse to delete or expire a branch"),
     "psql": ("cli.branch", "open psql on a branch"),
+    "dsn": ("cli.branch", "print a branch's DSN, for pg_dump and other programs"),
     "logs": ("cli.branch", "print a branch's server log"),
     "expire": ("cli.branch", ""),
     "restore": ("cli.restore", "write a full copy into an empty directory"),

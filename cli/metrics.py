@@ -25,8 +25,9 @@ from cli.observed import ArchiverState, ClusterState, DaemonState, JobState
 from timeline.clock import Micros
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-PHASES = ("connecting", "catching up", "streaming", "waiting", "stopped")
-"""As timeline.archive.status.Phase; not imported, for that brings the database library with it."""
+PHASES = ("connecting", "catching up", "streaming", "waiting", "stopped", "fenced")
+"""As timeline.archive.status.Phase, which is not imported, for that brings the database library with it; and what the
+daemon says of an archiver that stays down."""
 WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
 _DAMAGED = 4
 """Exit code."""

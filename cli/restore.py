@@ -24,15 +24,23 @@ if TYPE_CHECKING:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--at", "at", metavar="WHEN", default="latest", show_default=True, help="As for `tl branch`.")
 @click.option("--tli", type=int, metavar="N", help="Look on the line that leads to this Postgres timeline.")
+@click.option(
+    "--take-over",
+    is_flag=True,
+    help="Without the guards that keep a copy away from production's archive, standbys, subscriptions and jobs: "
+    "for the server that replaces it.",
+)
 @source_option
 @store_options
-def restore_command(*, settings: Settings, directory: Path, at: str, tli: int | None) -> None:
+def restore_command(
+    *, settings: Settings, directory: Path, at: str, tli: int | None, take_over: bool
+) -> None:
     """Write a full copy as of WHEN into DIRECTORY, which must be empty or absent.
 
     Production is not touched. Start a stock Postgres of the same major version on it: it recovers to exactly WHEN and
     promotes. Then point `tl archive --source` at it to go on in the same store, without a new base backup.
     """
-    result = asyncio.run(_restore(settings, directory, at, tli))
+    result = asyncio.run(_restore(settings, directory, at, tli, take_over=take_over))
     target = result.target
     if settings.json:
         document = plain(result)
@@ -63,7 +71,9 @@ def restore_command(*, settings: Settings, directory: Path, at: str, tli: int | 
     say(f"next       start Postgres {result.major} on it: pg_ctl -D {result.directory} start")
 
 
-async def _restore(settings: Settings, directory: Path, at: str, tli: int | None) -> RestoreResult:
+async def _restore(
+    settings: Settings, directory: Path, at: str, tli: int | None, *, take_over: bool
+) -> RestoreResult:
     from restore.branch_request import StoreAddress
     from restore.export import restore_directory
     from restore.host import find_host
@@ -80,7 +90,14 @@ async def _restore(settings: Settings, directory: Path, at: str, tli: int | None
         when = parse_when(at, local_zone(), await _source_clock(settings) if relative else None)
     with _progress() as report:
         return await restore_directory(
-            address, when, directory.absolute(), find_host(os.environ), clock, tli=tli, report=report
+            address,
+            when,
+            directory.absolute(),
+            find_host(os.environ),
+            clock,
+            tli=tli,
+            take_over=take_over,
+            report=report,
         )
 
 

@@ -64,7 +64,7 @@ def _of_slots(inventory: Inventory) -> list[Finding]:
     for slot in inventory.slots:
         if slot.lost:
             what = f"slot {slot.name} has lost WAL that the store does not have"
-            cure = "start `tl archive`: it records the gap and takes a new base backup"
+            cure = "run `tl archive --allow-gap`: it records the gap and takes a new base backup"
             found.append(Finding(_AREA, Severity.ERROR, "slot", what, cure))
         elif slot.warning is not None:
             cure = "let `tl archive` catch up, or raise max_slot_wal_keep_size"

@@ -91,6 +91,8 @@ def _daemon(daemon: DaemonStatus) -> None:
     state = f"pid {daemon.pid}" if daemon.running else f"not running since {_local(daemon.written)}"
     archiver = f", archiver {daemon.archiver.phase}" if daemon.archiver is not None else ""
     say(f"daemon     {state}{archiver}")
+    if daemon.archiver is not None and daemon.archiver.error is not None:
+        say(f"           archiver: {daemon.archiver.error}")
     for job in daemon.jobs:
         last = f"last success {_local(job.last_success)}" if job.last_success else "no success yet"
         took = f", {duration_text(job.last_seconds)}" if job.last_seconds is not None else ""

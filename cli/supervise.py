@@ -191,7 +191,8 @@ class ArchiverSupervisor:
             message += "daemon where archiving is to go on"
         else:
             message += f"; starting again in {write_duration(round(pause, 1))}"
-        self.state = dataclasses.replace(self.state, error=message)
+        phase = "fenced" if pause is None else self.state.phase
+        self.state = dataclasses.replace(self.state, phase=phase, error=message)
         self._log.emit(Level.ERROR, "archiver_ended", message, cluster=self.cluster, job=ARCHIVE)
         self._fail(message, end.code)
         return backoff, pause

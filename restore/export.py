@@ -3,8 +3,9 @@ start.
 
 The source's own configuration is kept. Added, at the end of ``postgresql.auto.conf``, are recovery to
 exactly T with promotion, and guards: a copy started beside production must not archive into its archive,
-stream from it, wait for its standbys, apply its subscriptions or run its jobs. Whoever lets the copy take
-over removes the guards; they stand in one marked block. Where the source keeps its configuration outside
+stream from it, wait for its standbys, apply its subscriptions or run its jobs. A copy that is to replace the
+source is asked for without them; else whoever lets it take over removes them: they stand in one marked block, until
+the first ALTER SYSTEM rewrites that file. Where the source keeps its configuration outside
 the data directory (EDGE 45), one is made from the settings the snapshot recorded.
 
 Tablespaces are directories inside ``pg_tblspc`` (EDGE 49). Crash behaviour: ``global/pg_control`` is
@@ -78,9 +79,13 @@ async def restore_directory(
     *,
     tli: int | None = None,
     parent: str = MAIN,
+    take_over: bool = False,
     report: Callable[[Progress], None] = lambda _: None,
 ) -> RestoreResult:
-    """Write the copy; raises UsageError unless the directory is empty or absent, and what reading raises."""
+    """Write the copy; raises UsageError unless the directory is empty or absent, and what reading raises.
+
+    ``take_over``: without the guards, for a server that replaces the source.
+    """
     began = clock.monotonic()
     created = _claim(directory)
     store = MeteredStore(
@@ -97,7 +102,9 @@ async def restore_directory(
             check_room(directory, plan.snapshot.bytes + plan.replayed_bytes)
             host, owner = _owner(directory, host)
             await write_files(store, plan.snapshot, listing, directory, owner, report=report)
-            warnings = await to_the_end(lambda: _configure(directory, plan, bounds, listing, host))
+            warnings = await to_the_end(
+                lambda: _configure(directory, plan, bounds, listing, host, guarded=not take_over)
+            )
             wal = directory / "pg_wal"
             write_histories(plan, wal, host)
             await write_wal(plan, wal_reader(history), wal, host, creates=tablespace_creates(target))
@@ -120,8 +127,8 @@ async def restore_directory(
     )
 
 
-def recovery_block(plan: BranchPlan, bounds: Parameters) -> bytes:
-    """What is added to ``postgresql.auto.conf``."""
+def recovery_block(plan: BranchPlan, bounds: Parameters, *, guarded: bool = True) -> bytes:
+    """What is added to ``postgresql.auto.conf``; ``guarded``: for a copy that must leave production alone."""
     told = {setting.name: setting.value for setting in plan.snapshot.settings}
     limits = [
         Setting("max_connections", str(bounds.max_connections)),
@@ -152,11 +159,10 @@ def recovery_block(plan: BranchPlan, bounds: Parameters) -> bytes:
     ]
     if "pg_cron" in told.get("shared_preload_libraries", ""):
         guards.append(Setting("cron.launch_active_jobs", "off"))
-    return (
-        b"\n"
-        + format_conf(recovery, heading=f"tl restore: recovery to {plan.lsn}, on tli {plan.tli}")
-        + format_conf(guards, heading="tl restore: guards; remove them when this server takes over")
-    )
+    block = b"\n" + format_conf(recovery, heading=f"tl restore: recovery to {plan.lsn}, on tli {plan.tli}")
+    if guarded:
+        block += format_conf(guards, heading="tl restore: guards; remove them when this server takes over")
+    return block
 
 
 def check_room(directory: Path, size_bytes: int) -> None:
@@ -196,7 +202,13 @@ def _owner(directory: Path, host: Host) -> tuple[Host, Account | None]:
 
 
 def _configure(
-    directory: Path, plan: BranchPlan, bounds: Parameters, listing: FileListing, host: Host
+    directory: Path,
+    plan: BranchPlan,
+    bounds: Parameters,
+    listing: FileListing,
+    host: Host,
+    *,
+    guarded: bool,
 ) -> list[str]:
     files = PlainDirectory(directory, host)
     warnings = []
@@ -218,7 +230,8 @@ def _configure(
             warnings.append(f"the source keeps its {name} elsewhere: check the one made here")
     auto = directory / "postgresql.auto.conf"
     files.put_file(
-        "postgresql.auto.conf", (auto.read_bytes() if auto.exists() else b"") + recovery_block(plan, bounds)
+        "postgresql.auto.conf",
+        (auto.read_bytes() if auto.exists() else b"") + recovery_block(plan, bounds, guarded=guarded),
     )
     files.put_file(RECOVERY_SIGNAL, b"")
     if plan.backup_label is not None:

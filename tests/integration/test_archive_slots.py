@@ -81,7 +81,7 @@ def test_a_lost_slot_is_named_with_its_cure_and_a_gap_is_recorded_only_when_aske
     with ArchiverProcess(store, server.conninfo) as archiver:
         assert archiver.wait() == 1
         assert any("has removed the WAL" in line for line in archiver.errors)
-        assert "tl backup" in archiver.status["hint"]
+        assert "tl archive --allow-gap" in archiver.status["hint"]
     assert log_head(store).state.gaps == ()
     with ArchiverProcess(store, server.conninfo, allow_gap=True) as archiver:
         archiver.wait_until(lambda status: status["phase"] == "streaming")

@@ -78,6 +78,9 @@ class BackupOptions:
     """Read the source no faster than this; 32 KiB to 1 GiB."""
     allow_checksum_failures: bool = False
     """Commit the snapshot even when the server found broken pages (EDGE 30)."""
+    anew: bool = False
+    """Refer to nothing that earlier snapshots stored: what is damaged there is read from the source again. Differences
+    are not told."""
     wal_held_from: Lsn | None = None
     """From where on the caller knows WAL to be archived or held by a slot; ``None``: from the tli's first
     archived byte."""
@@ -205,7 +208,9 @@ class _Backup:
         self._carried: tuple[ManifestRef, ...] = ()
         self._progress_id = clock.token(8)
         self._runs = PageRuns(store, threads, clock)
-        self._commits = BackupCommits(log, head, _newest(head.state))
+        # Equal bytes are not stored twice, whether what is there can still be read or not.
+        self._compared = None if options.anew else _newest(head.state)
+        self._commits = BackupCommits(log, head, self._compared)
         self._groups = self._reused = self._resumed = 0
         self._intake: Intake | None = None
 
@@ -215,7 +220,7 @@ class _Backup:
         """From the connection to the log entry."""
         state = head.state
         await self._check_system(stream, state)
-        snapshot = _newest(state)
+        snapshot = self._compared
         boot = BootPack(self._store_id, self._clock, await self._boot_extents(snapshot))
         writer = ExtentWriter(
             self._store,

@@ -32,8 +32,8 @@ class WalLost(TimelineError):
     def __init__(self, message: str, position: Lsn) -> None:
         super().__init__(
             message,
-            hint="take a new base backup with `tl backup`: it records the gap and goes on after it; "
-            "what is archived already stays restorable",
+            hint="`tl archive --allow-gap` records the gap, takes a new base backup and goes on after it; what is "
+            "archived already stays restorable",
         )
         self.position = position
         """The next byte that should have been archived."""

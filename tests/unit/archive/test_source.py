@@ -137,7 +137,7 @@ def test_lost_wal_names_the_cure() -> None:
     """EDGE 8."""
     judged = judge_stream_error(ServerError("55000", "…"), attempt(slot_status=LOST))
     assert isinstance(judged, WalLost)
-    assert "tl backup" in (judged.hint or "")
+    assert "tl archive --allow-gap" in (judged.hint or "")
     assert "wal_removed" in judged.message
 
 

@@ -139,6 +139,7 @@ def test_a_fenced_one_waits_for_a_word() -> None:
         assert one.supervisor.state.restarts == 0
         assert one.clock.slept == []
         assert "another archiver has taken over" in (one.supervisor.state.error or "")
+        assert one.supervisor.state.phase == "fenced"
         one.text = streaming("time.sleep(600)")
         one.supervisor.wake()
         await until(lambda: one.supervisor.state.phase == "streaming")
