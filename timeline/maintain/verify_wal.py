@@ -21,7 +21,7 @@ from timeline.catalog.tail import TailChunk
 from timeline.errors import DamagedStore, NotFound
 from timeline.format import keys
 from timeline.format.chunk import HEADER_READ_BYTES, decode_layout
-from timeline.format.log import BUILT, BranchState, SealedRange, Tli
+from timeline.format.log import BUILT, BranchState, NeededWal, SealedRange, Tli, needed_wal
 from timeline.format.parquet_file import WAL
 from timeline.format.wal_frame import WAL_FRAME_MAX_BYTES
 from timeline.lsn import Lsn
@@ -68,7 +68,7 @@ async def check_sealed(store: Store, state: BranchState, packs: PackSet, sizes: 
     ``sizes``: of the manifests in the store, by digest. Raises Unavailable, UnknownFeature.
     """
     found = SealedWal()
-    found.problems += _holes_between(state)
+    found.problems += holes_between(state)
 
     async def check(sealed: SealedRange) -> None:
         hole = (LsnRange(sealed.tli, sealed.start, sealed.end),)
@@ -230,15 +230,18 @@ async def _check_frames(store: Store, sealed: SealedRange, packs: PackSet) -> In
     return distinct[distinct >= 0]
 
 
-def _holes_between(state: BranchState) -> list[Problem]:
-    """Holes between the sealed ranges of the log itself, which no writer leaves."""
+def holes_between(state: BranchState) -> list[Problem]:
+    """Holes between the sealed ranges of the log itself that no writer leaves: where WAL was forgotten, nothing of what
+    is left may need it [LOG-8, LOG-9]."""
     found = []
+    needed = needed_wal(state)
     for tli in state.tlis:
         position = tli.start
         ranges = sorted((part for part in state.sealed if part.tli == tli.tli), key=lambda part: part.start)
         for part in ranges:
             position = state.after_gap(tli.tli, position)
-            if part.start != position:
+            hole = (tli.tli, position, part.start)
+            if part.start < position or any(_overlaps(one, *hole) for one in needed):
                 found.append(
                     Problem(
                         Fault.CONTRADICTION,
@@ -250,6 +253,15 @@ def _holes_between(state: BranchState) -> list[Problem]:
                 )
             position = part.end
     return found
+
+
+def _overlaps(needed: NeededWal, tli: int, start: Lsn, end: Lsn) -> bool:
+    return (
+        needed.tli == tli
+        and needed.start < end
+        and (needed.end is None or start < needed.end)
+        and start < end
+    )
 
 
 async def _read_header(store: Store, systems: frozenset[int], listed: Listed) -> TailChunk | DamagedStore:

@@ -7,6 +7,7 @@ import json
 import random
 import tracemalloc
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from timeline.errors import Unavailable, UsageError
 from timeline.format import keys, zstd_frame
 from timeline.format.digest import digest_of
 from timeline.format.extent import ExtentRef
-from timeline.format.log import AddSnapshot, Cover, Gap, RecordGap, Snapshot
+from timeline.format.log import AddSnapshot, Cover, ForgetWal, Forgotten, Gap, RecordGap, Snapshot
 from timeline.format.manifest import ManifestRef, PageRow
 from timeline.format.pack import EXTENTS, PackBuilder
 from timeline.format.page_manifest import write_page_manifest
@@ -37,7 +38,7 @@ from timeline.maintain.verify import verify
 from timeline.maintain.verify_ledger import Ledger
 from timeline.maintain.verify_pages import PageSource, check_pages
 from timeline.maintain.verify_report import Fault, LsnRange, VerifyReport
-from timeline.maintain.verify_wal import UNDER_WAY
+from timeline.maintain.verify_wal import UNDER_WAY, holes_between
 from timeline.pg.relation_file import parse_relation_file
 from timeline.store.base import Store
 from timeline.store.memory import MemoryStore
@@ -226,6 +227,34 @@ def test_a_gap_is_no_damage_and_is_said() -> None:
         await archive.log.append(RecordGap(Gap(1, end, Lsn(end + 4096), "slot lost")))
         found = await structure(archive)
         assert not found.damaged and found.gaps == (LsnRange(1, end, Lsn(end + 4096)),)
+
+    asyncio.run(work())
+
+
+def test_wal_that_was_forgotten_is_no_damage() -> None:
+    """[LOG-9]: at the beginning of a tli, and in its middle; [LOG-8]: but not where a snapshot needs it."""
+
+    async def work() -> None:
+        archive = Archive()
+        server = Server(1, FIRST)
+        await archive.begin(server)
+        for number in range(3):
+            server.commit(NOON + number * SECOND, 100 + number)
+            await archive.archive(server)
+            await archive.seal()
+        whole = await archive.state()
+        first, second = whole.sealed[0], whole.sealed[1]
+        for forgotten in (Forgotten(1, first.end, Lsn(0)), Forgotten(1, second.end, second.start)):
+            shorter = ForgetWal((forgotten,)).apply(whole)
+            assert len(shorter.sealed) == len(whole.sealed) - 1
+            assert holes_between(shorter) == []
+        await archive.log.append(ForgetWal((Forgotten(1, first.end, Lsn(0)),)))
+        assert not (await structure(archive)).damaged
+        snapshot = await archive.snapshot("base-1", 1, int(first.start), int(first.end))
+        holed = replace(whole, snapshots=(snapshot,), sealed=(first, *whole.sealed[2:]))
+        (problem,) = holes_between(holed)
+        assert problem.holes == (LsnRange(1, first.end, second.end),)
+        assert holes_between(replace(holed, sealed=whole.sealed)) == []
 
     asyncio.run(work())
 
