@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,15 +102,14 @@ sql = ["select count(*) >= 0 from {TABLE}"]
 """
         )
 
-    def fail_over(self) -> Lsn:
+    def fail_over(self, wait_for_commits: Callable[[], None]) -> Lsn:
         """The standby lacks the primary's last commits, the primary is killed, the standby takes over; where its
-        line began."""
+        line began. ``wait_for_commits``: until the primary has acknowledged some more."""
         server, follower = self.primary, self.standby
         follower.configure({"primary_conninfo": "'host=/nowhere'"})
         follower.tool("pg_ctl", "-D", str(follower.data), "reload")
         wait_for(lambda: not follower.sql("select 1 from pg_stat_wal_receiver where status = 'streaming'"))
-        before = server.value("select pg_current_wal_flush_lsn()")
-        wait_for(lambda: server.value("select pg_current_wal_flush_lsn()") != before)
+        wait_for_commits()
         server.kill9()
         promote(follower)
         self.primary, self.standby = follower, server

@@ -115,7 +115,7 @@ def _under_load(place: Place, daemon: DaemonProcess, report: SoakReport, say: Ca
             happened = time.monotonic() - load_began
             if due.event is Event.STALL:
                 visitor.stalled.set()
-            told = _happen(due.event, place, daemon)
+            told = _happen(due.event, place, daemon, ledger)
             report.events.append(f"{happened:6.1f} s  {due.event}{told}")
             say(report.events[-1])
             ledger.wait_for_more()
@@ -165,19 +165,16 @@ def _told(report: SoakReport, name: str) -> Iterator[None]:
         report.checks.append(Check(name, True, ""))
 
 
-def _happen(event: Event, place: Place, daemon: DaemonProcess) -> str:
+def _happen(event: Event, place: Place, daemon: DaemonProcess, ledger: Ledger) -> str:
     """Let it happen; what there is to say of it."""
     match event:
         case Event.RESTART | Event.CRASH:
             place.primary.stop("fast" if event is Event.RESTART else "immediate")
             place.primary.start()
         case Event.FAILOVER:
-            fork = place.fail_over()
-            if place.plan.is_long:
-                place.renew_standby()
-                return f" at {fork}, and a new standby made"
+            fork = place.fail_over(ledger.wait_for_more)
             place.renew_standby()
-            return f" at {fork}"
+            return f" at {fork}, and a new standby made"
         case Event.STALL:
             place.proxy.set_faults(Fault("stall"))
             time.sleep(place.plan.stall_seconds)
