@@ -5,8 +5,9 @@ PY := .venv/bin/python
 STAMP := .venv/.ready
 
 MAJORS := 15 16 17 18
+SOAK_MINUTES ?= 20
 
-.PHONY: help setup demo test lint unit test-slow test-majors bench bench-archive clean
+.PHONY: help setup demo test lint unit test-slow test-majors soak cost-table bench bench-archive clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -36,6 +37,12 @@ test-slow: setup ## the long ones: durability, fidelity over many moments
 test-majors: setup ## what depends on Postgres's formats, slow ones too, on every version (fetches them)
 	@$(PY) -m tests.support.postgres_wheels $(MAJORS)
 	TL_TEST_MAJORS="$(MAJORS)" $(PY) -m pytest -q -n 2 --dist loadgroup -m majors
+
+soak: setup ## twenty minutes of a daemon and all its jobs while servers, store and archiver fail (SOAK_MINUTES=3: short)
+	$(PY) -m tests.soak.run --minutes $(SOAK_MINUTES)
+
+cost-table: setup ## the README's table of requests, objects and bytes, simulated anew
+	$(PY) -m benchmarks.cost --write README.md
 
 bench: setup ## time to first query of a branch, by database size and store
 	$(PY) -m benchmarks.branch --json

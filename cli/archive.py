@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from timeline.store.base import Store
 
 SEAL_PAUSE_SECONDS = 5.0
-"""How often the tail is looked at for sealing; one LIST each."""
+"""How often it is considered whether to look at the tail for sealing (``SealPace``: a look costs requests)."""
 SEAL_RETRY_SECONDS = 60.0
 STATUS_PAUSE_SECONDS = 1.0
 """How often the supervisor is told of progress."""
@@ -255,7 +255,7 @@ class _Archive:
             archiver = Archiver(store, self._config, self._clock, on_status=self._tell)
             streaming = asyncio.create_task(archiver.run(self._stop))
             backing_up = asyncio.create_task(self._ensure_base(archiver, store))
-            sealing = asyncio.create_task(self._seal(store))
+            sealing = asyncio.create_task(self._seal(store, archiver))
             catching_up = (
                 asyncio.create_task(self._catch_up(archiver, backing_up, store)) if self._once else None
             )
@@ -364,20 +364,27 @@ class _Archive:
             return report.snapshot.id
         raise AssertionError("unreachable")
 
-    async def _seal(self, store: Store) -> None:
+    async def _seal(self, store: Store, archiver: Archiver) -> None:
         """Move chunks into packs whenever due, and merge what that leaves in the log. A failure is said and tried
         again: archiving does not depend on it."""
         from timeline.catalog.branch_log import BranchLog
         from timeline.ids import MAIN
         from timeline.maintain.merge import merge_sealed
         from timeline.maintain.seal import seal
+        from timeline.maintain.seal_pace import SealPace
 
         log = BranchLog(store, MAIN, self._clock, self._clock.token(8))
+        pace = SealPace()
         while True:
             await self._clock.sleep(SEAL_PAUSE_SECONDS)
+            now = self._clock.monotonic()
+            pace = pace.seen(archiver.durable, archiver.status.chunks, now)
+            if not pace.is_due(now):
+                continue
             try:
                 while await seal(store, log, self._clock) is not None:
                     await merge_sealed(store, log, self._clock)
+                pace = pace.asked(now)
             except TimelineError as error:
                 note(f"tl: sealing: {error.message}; trying again in {SEAL_RETRY_SECONDS:g} s")
                 await self._clock.sleep(SEAL_RETRY_SECONDS)

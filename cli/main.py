@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from timeline.errors import TimelineError
+from timeline.store.user_agent import name_command
 
 _COMMANDS = {
     "init": ("cli.init", "create the store; check source, store and host"),
@@ -67,7 +68,9 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
-            return super().resolve_command(ctx, args)
+            name, command, rest = super().resolve_command(ctx, args)
+            name_command(name or "")
+            return name, command, rest
         except click.UsageError as error:
             import difflib
 

@@ -7,9 +7,12 @@ import os
 import time
 from collections.abc import Callable
 
+import pytest
+
 from tests.fix_stores import BUCKET, fresh_prefix
 from tests.support.s3_proxy import S3Proxy
 from tests.support.seaweed import Seaweed
+from timeline.store import user_agent
 from timeline.store.s3 import S3Store
 
 
@@ -79,3 +82,19 @@ def test_counters(seaweed: Seaweed, make_s3_proxy: Callable[..., S3Proxy]) -> No
     assert stats.bytes_down > 300
     proxy.reset()
     assert proxy.stats().requests == {}
+
+
+def test_requests_are_told_apart_by_command(s3_proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients name the command of ``tl`` that they belong to; the place is the first part of a store's key."""
+    monkeypatch.setattr(user_agent, "_command", "")
+    user_agent.name_command("gc")
+
+    async def run() -> None:
+        store = S3Store(BUCKET, fresh_prefix(), endpoint_url=s3_proxy.endpoint_url)
+        await store.create("wal/main/1/0", b"x")
+        await store.list("packs/")
+        await store.delete(["wal/main/1/0"])
+        await store.aclose()
+
+    asyncio.run(run())
+    assert s3_proxy.stats().by_agent == {"timeline/gc": {"PUT wal": 1, "LIST packs": 1, "DELETE -": 1}}

@@ -21,6 +21,7 @@ import collections
 import contextlib
 import http.client
 import json
+import re
 import socket
 import struct
 import subprocess
@@ -28,7 +29,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -44,6 +45,8 @@ FAULT_KINDS = (
     "strip-conditional",
     "delay",
 )
+AGENTS = 100
+_PLACE = re.compile(r"(?:/|%2F|prefix=)(wal|packs|manifests|branches|pins|marks|drills|catalog|tl\.json)")
 _HEAD_BYTES = 64 << 10
 _AHEAD_BYTES = 256 << 10
 _PACE_SECONDS = 0.002
@@ -102,6 +105,9 @@ class Stats:
     most_in_flight: int
     """The most requests that were under way at one time."""
     faults_injected: int
+    by_agent: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Requests that reached the server, by the client's user agent, then by verb and place: ``PUT wal``, ``LIST packs``.
+    A deletion of many keys at once is ``DELETE``."""
 
 
 class _State:
@@ -120,6 +126,7 @@ class _State:
     def reset(self) -> None:
         self.requests: Counter[str] = Counter()
         self.statuses: Counter[str] = Counter()
+        self.by_agent: dict[str, Counter[str]] = {}
         self.bytes_up = 0
         self.bytes_down = 0
         self.connections = 0
@@ -141,6 +148,15 @@ class _State:
                 return fault
         return None
 
+    def passed(self, verb: str, target: str, agent: str) -> None:
+        """A request goes on to the server. Bound: AGENTS names; what more there are count as one."""
+        kind = "DELETE" if verb == "POST" and "delete" in target else verb
+        kind = "LIST" if verb == "GET" and "list-type=" in target else kind
+        if agent not in self.by_agent and len(self.by_agent) >= AGENTS:
+            agent = "others"
+        place = _PLACE.search(target)
+        self.by_agent.setdefault(agent, Counter())[f"{kind} {place[1] if place else '-'}"] += 1
+
     def began(self, verb: str, target: str) -> None:
         listing = verb == "GET" and "list-type=" in target
         self.requests["LIST" if listing else verb] += 1
@@ -157,6 +173,7 @@ class _State:
             self.open_connections,
             self.most_in_flight,
             self.faults_injected,
+            {agent: dict(counted) for agent, counted in self.by_agent.items()},
         )
 
 
@@ -427,6 +444,8 @@ class _Client(_Side):
         self._verb = verb
         self._fault = self.state.fault_for(verb, target)
         self.state.began(verb, target)
+        if self._fault is None or self._fault.kind not in ("status", "stall", "reset-before"):
+            self.state.passed(verb, target, head.value(b"user-agent").decode("latin-1").partition(" ")[0])
         self._under_way = True
         self._answer_head, self._answer_body = b"", None
         kind = self._fault.kind if self._fault else ""

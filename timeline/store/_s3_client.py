@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from timeline.errors import CheckFailed, NotFound, TimelineError, Unavailable, UsageError
+from timeline.store.user_agent import user_agent
 
 _load_default_certs = ssl.SSLContext.load_default_certs
 # aiohttp reads the system's certificates when it is imported (40 ms and more), for clients that bring no TLS
@@ -133,7 +134,7 @@ def client_context(
             verify=False if endpoint and endpoint.startswith("http://") else None,
             config=AioConfig(
                 signature_version="s3v4",
-                user_agent="timeline",  # else built anew, twice, for each request
+                user_agent=user_agent(),  # else built anew, twice, for each request
                 max_pool_connections=connections,
                 connect_timeout=connect_seconds,
                 read_timeout=read_seconds,
