@@ -144,6 +144,7 @@ def test_it_fails_closed(host: Host, script: Callable[..., str], text: str, mess
     assert message in told["error"], told["error"]
 
 
+@pytest.mark.slow
 def test_a_script_may_commit_by_itself(host: Host, script: Callable[..., str]) -> None:
     """Then it may say what no transaction may hold; the branch is all or nothing all the same."""
     vacuum = script(
@@ -170,6 +171,7 @@ def test_words_and_bounds(host: Host, script: Callable[..., str]) -> None:
     assert column(app, "select name from here") == ["app"]
 
 
+@pytest.mark.slow
 def test_a_reset_runs_the_same_again(host: Host, script: Callable[..., str]) -> None:
     """Whatever has become of the file, or of its directory."""
     mask = script("mask.sql", MASK)
@@ -189,6 +191,7 @@ def test_a_reset_runs_the_same_again(host: Host, script: Callable[..., str]) -> 
     assert column(reset, "select count(*) from person where email like 'user%'") == [100]
 
 
+@pytest.mark.slow
 def test_a_branch_is_used_again_only_with_its_scripts(host: Host, script: Callable[..., str]) -> None:
     mask, other = script("mask.sql", MASK), script("other.sql", MASK + "select 1;\n")
     plain = host.tl("branch", "one")

@@ -261,6 +261,7 @@ def test_an_objective_that_is_missed(store: Path, place: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_commits_that_the_store_has_not(source: PostgresServer, store: Path, place: Path) -> None:
     """RPO against a source that went on: bytes by its flushed WAL, seconds by its commit times."""
     host = make_host(place / "h4", f"file://{store}", source=source.conninfo)
@@ -273,6 +274,7 @@ def test_commits_that_the_store_has_not(source: PostgresServer, store: Path, pla
     assert told["rpo_seconds"] >= wanted - last - 0.001 > 0
 
 
+@pytest.mark.slow
 def test_moments_and_stores_that_are_not_there(store: Path, place: Path) -> None:
     """3 with evidence for a moment beyond the history; 2 without for what is no store, or a wrong request."""
     host = make_host(place / "h5", f"file://{store}")
@@ -284,6 +286,7 @@ def test_moments_and_stores_that_are_not_there(store: Path, place: Path) -> None
     assert left_behind(host) == []
 
 
+@pytest.mark.slow
 def test_a_host_without_amcheck(source: PostgresServer, store: Path, place: Path) -> None:
     """What could not run is skipped, with the reason, and never passed."""
     programs = source.make_directory(place / "bin")
@@ -299,6 +302,7 @@ def test_a_host_without_amcheck(source: PostgresServer, store: Path, place: Path
     assert all(f"no pg_amcheck in {programs}" in check["message"] for check in checks)
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer(place: Path) -> None:
     """7, and the evidence says that nothing is proved."""
     host = make_host(place / "h16", f"s3://{BUCKET}/nothing", endpoint_url=f"http://127.0.0.1:{free_port()}")
@@ -354,6 +358,7 @@ def test_a_flipped_extent(source: PostgresServer, store: Path, place: Path, mode
     assert left_behind(host) == []
 
 
+@pytest.mark.slow
 def test_a_flipped_chunk(store: Path, place: Path) -> None:
     """P5: WAL that does not verify: the chunk and the WAL it holds."""
     chunks = sorted(path for path in (store / "wal/main/1").iterdir())
@@ -372,6 +377,7 @@ def test_a_flipped_chunk(store: Path, place: Path) -> None:
     assert left_behind(host) == []
 
 
+@pytest.mark.slow
 def test_two_drills_at_once(store: Path, place: Path) -> None:
     """Neither takes the other's place for debris."""
     host = make_host(place / "h14", f"file://{store}")
@@ -419,6 +425,7 @@ def test_a_missing_chunk(store: Path, place: Path) -> None:
     assert left_behind(host) == []
 
 
+@pytest.mark.slow
 def test_data_that_was_broken_on_the_source(
     source: PostgresServer, make_postgres: Callable[..., PostgresServer], place: Path
 ) -> None:
@@ -474,7 +481,14 @@ def test_data_that_was_broken_on_the_source(
     assert any("another cluster" in warning for warning in warnings)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_a_drill_that_is_stopped(store: Path, place: Path, number: signal.Signals) -> None:
     """Nothing is left: at once, and after SIGKILL when the next drill is over."""
     host = make_host(place / f"h10-{number}", f"file://{store}")

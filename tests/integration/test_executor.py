@@ -172,6 +172,7 @@ def lock_holders(inode: int) -> set[int]:
     return {int(line[4]) for line in lines if line[1] == "FLOCK" and line[5].endswith(f":{inode}")}
 
 
+@pytest.mark.slow
 @pytest.mark.fuse
 def test_one_store_given_to_two_workers_has_one_winner(archived: Path, root: Path) -> None:
     """Two hosts build the same snapshot at once: one is committed, and nothing of the other does harm."""
@@ -220,6 +221,7 @@ def test_a_scheduler_that_is_not_there(root: Path) -> None:
     assert result.returncode == 7 and "no Dask scheduler answers" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_cluster_that_loses_all_its_workers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wait for another one has an end; what was not done is told."""
     monkeypatch.setattr(executor_dask, "NO_WORKER_SECONDS", 3.0)
@@ -275,6 +277,7 @@ def test_the_worst_of_all_is_the_exit_code(archived: Path, root: Path) -> None:
     assert host.run("each", "restore", "--all").returncode == 2, "not to be run for many"
 
 
+@pytest.mark.slow
 @pytest.mark.fuse
 def test_a_task_that_the_scheduler_gave_up_is_begun_again(archived: Path, root: Path) -> None:
     """And the command of a killed worker ends with it: the snapshot that waits for its turn gives up its place."""

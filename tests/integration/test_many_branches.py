@@ -59,6 +59,7 @@ def proof(host: Host, count: int, callers: int) -> None:
         assert list((state / place).iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_crowd(host: Host) -> None:
     """The first callers find no agent, and start one between them."""
     proof(host, 16, 8)

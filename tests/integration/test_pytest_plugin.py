@@ -100,6 +100,7 @@ def test_error(broken):
     result.assert_outcomes(failed=1, errors=1)
 
 
+@pytest.mark.slow
 def test_workers_do_not_meet(pytester: pytest.Pytester, host: Host) -> None:
     """Two workers at a time, each with branches of its own."""
     result = run(
@@ -120,6 +121,7 @@ def test_own(n, tl_branch, tl_branch_session, record_property):
     result.assert_outcomes(passed=4)
 
 
+@pytest.mark.slow
 def test_what_branches_are_made_with(pytester: pytest.Pytester, host: Host) -> None:
     """Scripts and moment from the ini file; options on the command line win."""
     store = host.store

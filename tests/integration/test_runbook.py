@@ -342,6 +342,7 @@ def test_a_table_was_dropped(set_up: SetUp) -> None:
     assert site.host.branches() == []
 
 
+@pytest.mark.slow
 def test_rows_were_deleted_or_changed(set_up: SetUp) -> None:
     site = set_up()
     site.archive_once()
@@ -365,6 +366,7 @@ def test_rows_were_deleted_or_changed(set_up: SetUp) -> None:
     assert site.sql("select to_regclass('orders_then')") == [(None,)]
 
 
+@pytest.mark.slow
 def test_the_host_of_the_source_is_lost(set_up: SetUp) -> None:
     """EDGE 15, 17: and the present line goes on in the same store."""
     site = set_up()
@@ -387,6 +389,7 @@ def test_the_host_of_the_source_is_lost(set_up: SetUp) -> None:
     assert [one["kind"] for one in site.host.tl("status")["snapshots"]] == ["base", "base"]
 
 
+@pytest.mark.slow
 def test_the_region_is_lost(set_up: SetUp, seaweed: Seaweed) -> None:
     """EDGE 63: replicated without order; a manifest of sealed WAL is missing, and newer objects are there."""
     site = set_up()
@@ -493,6 +496,7 @@ def test_the_archiver_is_fenced(set_up: SetUp) -> None:
     assert site.sql("select count(*) from pg_stat_replication") == [(1,)]
 
 
+@pytest.mark.slow
 def test_the_store_is_damaged(set_up: SetUp) -> None:
     """P5: a byte of the base backup's pages flips; the future is made safe, then the past mended."""
     site = set_up()
@@ -517,6 +521,7 @@ def test_the_store_is_damaged(set_up: SetUp) -> None:
     page.finish()
 
 
+@pytest.mark.slow
 def test_a_drill_failed(set_up: SetUp) -> None:
     site = set_up()
     (site.directory / "checks.sql").write_text("-- database: app\nselect count(*) > 990 from orders")
@@ -535,6 +540,7 @@ def test_a_drill_failed(set_up: SetUp) -> None:
     assert site.host.branches() == []
 
 
+@pytest.mark.slow
 def test_a_disk_is_filling(set_up: SetUp) -> None:
     """EDGE 10, 51: WAL held by the slot, branches and cache, history beyond the window."""
     site = set_up()
@@ -565,6 +571,7 @@ def test_a_disk_is_filling(set_up: SetUp) -> None:
     page.finish()
 
 
+@pytest.mark.slow
 def test_a_secret_leaked(set_up: SetUp) -> None:
     """EDGE 44: the password is changed under a running archiver."""
     site = set_up()
@@ -635,6 +642,7 @@ def test_postgresql_gets_a_new_major_version(set_up: SetUp) -> None:
         new.stop("immediate")
 
 
+@pytest.mark.slow
 def test_tl_gets_a_new_version(set_up: SetUp) -> None:
     site = set_up()
     site.serve()
@@ -645,6 +653,7 @@ def test_tl_gets_a_new_version(set_up: SetUp) -> None:
     site.wait(lambda status: status["slot"]["active"])
 
 
+@pytest.mark.slow
 def test_leaving_tl_for_good(set_up: SetUp) -> None:
     """P11, P12: nothing is left on production, and the last copy needs nothing of us."""
     site = set_up()
