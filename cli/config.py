@@ -168,7 +168,8 @@ def store_options(command: F) -> F:
 
     def run(**options: Any) -> Any:
         settings = resolve(
-            store=options.pop("store"),
+            # `tl init STORE` names it as an argument.
+            store=options.pop("store") or options.get("store_url"),
             cluster=options.pop("cluster"),
             endpoint_url=options.pop("endpoint_url"),
             region=options.pop("region"),

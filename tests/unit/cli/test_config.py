@@ -44,6 +44,15 @@ def test_several_clusters_and_none_chosen(tmp_path: Path) -> None:
     assert settle(cluster="b").endpoint_url == "http://x"
 
 
+def test_a_store_named_as_an_argument_is_the_one(tmp_path: Path) -> None:
+    """`tl init` of one more store, beside several clusters."""
+    write('[cluster.a]\nstore = "file:///a"\n[cluster.b]\nstore = "file:///b"\n', tmp_path)
+    from cli.init import init_command
+
+    with pytest.raises(UsageError, match="no source server given"):
+        init_command.main(["file:///c"], standalone_mode=False)
+
+
 def test_a_named_store_finds_its_source(tmp_path: Path) -> None:
     write(TWO, tmp_path)
     assert settle("file:///a").source == "host=a"
