@@ -29,7 +29,7 @@ lint: setup ## formatting, lint, types, layers
 	.venv/bin/lint-imports
 
 test: lint ## lint, types and all tests but the slow ones
-	$(PY) -m pytest -q -n 2 --dist loadgroup -m "not slow"
+	$(PY) -m pytest -q -n 3 --dist loadgroup -m "not slow"
 
 test-slow: setup ## the long ones: durability, fidelity over many moments
 	$(PY) -m pytest -q -m slow

@@ -18,9 +18,12 @@ from tests.support.archived_server import archived_server
 from tests.support.postgres import PostgresServer, free_port, scratch
 from tests.support.seaweed import Seaweed
 from tests.support.tl_host import Host, make_host
-from timeline.catalog.branch_log import LogHead, read_head
+from timeline.catalog.branch_log import BranchLog, LogHead, read_head
+from timeline.clock import SystemClock
 from timeline.format import keys
-from timeline.format.log import BranchState
+from timeline.format.log import BranchState, Cover
+from timeline.format.wal_index import Coverage
+from timeline.lsn import Lsn
 from timeline.store.local import LocalStore
 
 ROWS = "insert into t select n, repeat(md5(n::text), 20) from generate_series(1, 8000) n"
@@ -46,7 +49,8 @@ def archived(make_postgres_session: Callable[..., PostgresServer]) -> Iterator[A
         source.seal()
         for number in range(3):
             server.sql(f"create table more{number} (id int)")
-            source.position()
+            end = source.position()
+    asyncio.run(_cover(place / "store", end))
     yield Archived(place / "store", asyncio.run(_head(place / "store")).state)
     shutil.rmtree(place, ignore_errors=True)
 
@@ -63,6 +67,15 @@ def copy(archived: Archived, place: Path) -> Host:
     """A copy of the store to damage, and a host that looks at it."""
     shutil.copytree(archived.directory, place / "store")
     return make_host(place, f"file://{place}/store")
+
+
+async def _cover(directory: Path, end: Lsn) -> None:
+    """Say in the log that all WAL up to there was stored, as an archiver at rest does sooner or later."""
+    store, clock = LocalStore(directory), SystemClock()
+    try:
+        await BranchLog(store, "main", clock, "test").append(Cover(Coverage(1, end, clock.now())))
+    finally:
+        await store.aclose()
 
 
 async def _head(directory: Path) -> LogHead:
