@@ -29,14 +29,14 @@ lint: setup ## formatting, lint, types, layers
 	.venv/bin/lint-imports
 
 test: lint ## lint, types and all tests but the slow ones
-	$(PY) -m pytest -q -n 3 --dist loadgroup -m "not slow"
+	$(PY) -m pytest -q -n 3 --dist loadfile -m "not slow"
 
 test-slow: setup ## the long ones: durability, fidelity over many moments
 	$(PY) -m pytest -q -m slow
 
 test-majors: setup ## what depends on Postgres's formats, slow ones too, on every version (fetches them)
 	@$(PY) -m tests.support.postgres_wheels $(MAJORS)
-	TL_TEST_MAJORS="$(MAJORS)" $(PY) -m pytest -q -n 2 --dist loadgroup -m majors
+	TL_TEST_MAJORS="$(MAJORS)" $(PY) -m pytest -q -n 2 --dist loadfile -m majors
 
 soak: setup ## twenty minutes of a daemon and all its jobs while servers, store and archiver fail (SOAK_MINUTES=3: short)
 	$(PY) -m tests.soak.run --minutes $(SOAK_MINUTES)
