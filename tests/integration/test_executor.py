@@ -215,6 +215,7 @@ def test_one_store_given_to_two_workers_has_one_winner(archived: Path, root: Pat
     wait_until_nothing(root)
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_is_not_there(root: Path) -> None:
     host = host_of(root, "host", [root / "nothing"])
     result = host.run("each", "verify", "--all", "--executor", f"tcp://127.0.0.1:{free_port()}")

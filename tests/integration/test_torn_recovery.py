@@ -66,7 +66,7 @@ def tear(pages: list[tuple[Path, int]]) -> int:
 
 
 @pytest.mark.fuse
-@pytest.mark.parametrize("moment", ["recovering", "writing"])
+@pytest.mark.parametrize("moment", [pytest.param("recovering", marks=pytest.mark.slow), "writing"])
 def test_what_was_torn_in_the_first_recovery_is_made_again(place: Place, moment: str) -> None:
     """Pages torn by ``kill -9`` of maker, server and mount have no full-page image in WAL that could mend them:
     the record of the first touch since the source's checkpoint lies before the redo point."""
