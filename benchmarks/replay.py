@@ -107,7 +107,9 @@ def measure(
 
 def eager_seconds(major: int, host: Host, directory: Path) -> float:
     """A full restore of the head, until stock Postgres has replayed it all."""
+    # The server's own user writes its log there.
     directory.mkdir()
+    directory.chmod(0o777)
     began = time.perf_counter()
     data = directory / "eager"
     host.tl("restore", str(data), timeout=3600)
@@ -118,7 +120,6 @@ def eager_seconds(major: int, host: Host, directory: Path) -> float:
     if os.geteuid() == 0:
         user = copy.user
         subprocess.run(["chown", "-R", f"{user.pw_uid}:{user.pw_gid}", str(data)], check=True)
-    directory.chmod(0o755)
     try:
         copy.start()
         wait_until_promoted(copy, seconds=_PATIENCE_SECONDS)
