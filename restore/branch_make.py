@@ -281,7 +281,7 @@ class BranchMaker:
         starting = launch(instance, options=options)
         self._note(starting.postmaster)
         prefetcher = None
-        near = self.request.store.url.startswith("file:")
+        near = not self.request.store.url.startswith("s3:")
         if self.branch.mode == LAZY and plan.replayed_bytes > (
             NEAR_PREFETCH_BYTES if near else PREFETCH_BYTES
         ):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from timeline.clock import Clock
 from timeline.format.digest import DIGEST_BYTES, digest_of
+from timeline.store.base import NearStore, Store
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,11 @@ class DiskCache:
         self._part = bytearray(PART_ENTRY_BYTES)
         if directory is not None and bound_bytes > 0:
             self._open(Path(directory))
+
+    @classmethod
+    def of(cls, store: Store, directory: Path | str | None, bound_bytes: int, clock: Clock) -> DiskCache:
+        """The cache for what is read from a store: none for one on this host, which would be kept twice."""
+        return cls(None if isinstance(store, NearStore) else directory, bound_bytes, clock)
 
     @property
     def usable(self) -> bool:

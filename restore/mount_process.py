@@ -41,7 +41,7 @@ from timeline.clock import Clock, SystemClock
 from timeline.errors import TimelineError
 from timeline.format.log import Snapshot
 from timeline.format.value_json import to_json
-from timeline.store.base import NearStore, Store
+from timeline.store.base import Store
 from timeline.store.open import open_store
 
 _log = logging.getLogger(__name__)
@@ -77,9 +77,7 @@ async def serve(spec: MountSpec, clock: Clock, ready: Ready) -> None:
         stack.callback(overlay.close)
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="mount")
         stack.callback(pool.shutdown)
-        # What is on this host already is not kept twice.
-        near = isinstance(store, NearStore)
-        cache = DiskCache(None if near else spec.cache, spec.cache_bytes, clock)
+        cache = DiskCache.of(store, spec.cache, spec.cache_bytes, clock)
         fetcher = Fetcher(store, cache, clock, pool, counters, patience_seconds=spec.patience_seconds)
         stack.push_async_callback(fetcher.aclose)
         source = ExtentSource(spec.snapshot, fetcher, reload=lambda: _reload_snapshot(store, spec))

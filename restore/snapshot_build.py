@@ -73,7 +73,7 @@ from timeline.lsn import Lsn
 from timeline.maintain.thin import superfluous
 from timeline.pg.control import CONTROL_FILE, parse_control
 from timeline.pg.redo_point import checkpoint_place, find_redo_point, redo_point_control
-from timeline.store.base import NearStore, Store
+from timeline.store.base import Store
 from timeline.store.open import open_store
 
 SPACING_BYTES = 64 << 20
@@ -266,8 +266,7 @@ class _Builder:
         overlay = Overlay.open(directory / "overlay", durable=False, exclusive=True)
         counters = Counters()
         with ThreadPoolExecutor(_THREADS, "tl-build") as threads:
-            near = isinstance(self._store, NearStore)
-            cache = DiskCache(None if near else self._branches.host.cache, 20 << 30, self._clock)
+            cache = DiskCache.of(self._store, self._branches.host.cache, 20 << 30, self._clock)
             fetcher = Fetcher(self._store, cache, self._clock, threads, counters)
             try:
                 source = ExtentSource(parent, fetcher)
