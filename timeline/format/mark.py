@@ -9,16 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from timeline.clock import Micros
-from timeline.errors import DamagedStore, UnknownFeature
-from timeline.format import keys, sealed_json, value_json
-from timeline.format.features import check_readable
+from timeline.errors import DamagedStore
+from timeline.format import keys
+from timeline.format.sealed_value import decode_value, encode_value
 from timeline.lsn import Lsn
 
 MARK_ID_BYTES = 16
 """``Clock.token(MARK_ID_BYTES)`` makes the id of a mark: 32 hex digits."""
 MARK_KEYS = 50_000
 """A mark lists at most so many keys: 6 MB; what is left is for the next one."""
-_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,24 +68,12 @@ def encode_mark(mark: MarkObject) -> bytes:
     """The object; raises ValueError for more than MARK_KEYS keys."""
     if len(mark.garbage) > MARK_KEYS:
         raise ValueError(f"a mark cannot list {len(mark.garbage)} keys")
-    return sealed_json.encode({"format": _FORMAT, "requires": [], **value_json.to_json(mark)})
+    return encode_value(mark)
 
 
 def decode_mark(data: bytes, key: str) -> MarkObject:
     """The verified mark, which must be the one its key names; raises DamagedStore, UnknownFeature."""
-    members = sealed_json.decode(data, key)
-    if members.get("format") != _FORMAT:
-        raise UnknownFeature(key, f"mark format {members.get('format')}")
-    try:
-        check_readable(key, value_json.from_json(_Requires, members).requires)
-        mark = value_json.from_json(MarkObject, members)
-    except ValueError as error:
-        raise DamagedStore(key, 0, str(error)) from error
+    mark = decode_value(MarkObject, "mark", data, key)
     if keys.parse_mark(key) != mark.id:
         raise DamagedStore(key, 0, f"expected this key's mark, found {mark.id}")
     return mark
-
-
-@dataclass(frozen=True, slots=True)
-class _Requires:
-    requires: tuple[str, ...] = ()

@@ -10,16 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from timeline.clock import Micros
-from timeline.errors import DamagedStore, UnknownFeature
-from timeline.format import keys, sealed_json, value_json
-from timeline.format.features import check_readable
+from timeline.errors import DamagedStore
+from timeline.format import keys
 from timeline.format.log import SealedRange, Snapshot
+from timeline.format.sealed_value import decode_value, encode_value
 
 PIN_ID_BYTES = 16
 """``Clock.token(PIN_ID_BYTES)`` makes the id of a pin: 32 hex digits."""
 PIN_MARGIN_MICROS = 86_400 * 1_000_000
 """The collector honours a pin for so much longer than it says: clocks of hosts differ."""
-_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +42,12 @@ class Pin:
 
 def encode_pin(pin: Pin) -> bytes:
     """The object."""
-    return sealed_json.encode({"format": _FORMAT, "requires": [], **value_json.to_json(pin)})
+    return encode_value(pin)
 
 
 def decode_pin(data: bytes, key: str) -> Pin:
     """The verified pin, which must be the one its key names; raises DamagedStore, UnknownFeature."""
-    members = sealed_json.decode(data, key)
-    if members.get("format") != _FORMAT:
-        raise UnknownFeature(key, f"pin format {members.get('format')}")
-    try:
-        check_readable(key, value_json.from_json(_Requires, members).requires)
-        pin = value_json.from_json(Pin, members)
-    except ValueError as error:
-        raise DamagedStore(key, 0, str(error)) from error
+    pin = decode_value(Pin, "pin", data, key)
     if keys.parse_pin(key) != pin.id:
         raise DamagedStore(key, 0, f"expected this key's pin, found {pin.id}")
     return pin
-
-
-@dataclass(frozen=True, slots=True)
-class _Requires:
-    requires: tuple[str, ...] = ()
