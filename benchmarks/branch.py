@@ -1,6 +1,6 @@
 """Time to the first query of a branch, by size of the database and kind of store.
 
-    python -m benchmarks.branch [--sizes 0.25,1,4] [--stores file,s3] [--samples 5] [--replay] [--json]
+    python -m benchmarks.branch [--sizes 0.25,1,4] [--stores file,s3] [--samples 5] [--replay] [--history DIR] [--json]
 
 The clock runs outside: from the exec of the installed ``tl`` in a fresh process, with an empty extent cache and no agent,
 to the first row through psql. S3 is SeaweedFS behind a proxy that adds 20 ms to the first byte, limits each connection to
@@ -25,7 +25,7 @@ from benchmarks.fixture import (
     timed_branch,
     working_directory,
 )
-from benchmarks.replay import replay
+from benchmarks.replay import history_in, replay
 from benchmarks.report import Report
 from tests.support.s3_proxy import S3Proxy
 
@@ -84,6 +84,7 @@ def main() -> None:
         "--replay", action="store_true", help="random moments of a long history instead of sizes"
     )
     parser.add_argument("--wal-gib", type=float, default=4, help="how much history --replay writes")
+    parser.add_argument("--history", type=Path, help="keep the history there, or use the one that is there")
     parser.add_argument("--json", action="store_true", help="(always on: the last line is JSON)")
     options = parser.parse_args()
     report = Report("branch")
@@ -94,7 +95,8 @@ def main() -> None:
         direct, proxy = stack.enter_context(distant_s3()) if "s3" in stores else ("", None)
         if options.replay:
             s3 = (direct, proxy.endpoint_url) if proxy is not None else None
-            replay(report, directory, s3, int(options.wal_gib * GIB), options.samples)
+            history = history_in(options.history or directory / "history", int(options.wal_gib * GIB))
+            replay(report, directory, history, s3, options.samples)
             sizes = []
         for size in sizes:
             with pgbench_source(int(size * GIB)) as source:

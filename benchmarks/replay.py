@@ -10,18 +10,21 @@ Postgres, for the ratio.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.fixture import Host, make_host, timed_branch
 from benchmarks.report import Report
-from tests.support.postgres import PostgresServer, running_server
+from tests.support.postgres import PostgresServer, bin_dir, running_server
 from tests.support.restored import wait_until_promoted
 from timeline.format.log import BUILT
+from timeline.format.value_json import from_json, to_json
 from timeline.lsn import Lsn
 from timeline.store.open import open_store
 
@@ -34,6 +37,7 @@ SETTINGS = {
     "autovacuum": "off",
     "full_page_writes": "on",
 }
+MAJOR = 15
 SCALE = 200
 """Of pgbench: a database of 3 GiB."""
 _PATIENCE_SECONDS = 1800.0
@@ -82,24 +86,23 @@ def _wait_for_snapshot(host: Host) -> None:
 def measure(
     report: Report,
     host: Host,
-    bin_dir: Path,
+    binaries: Path,
     kind: str,
-    begin: Lsn,
-    end: Lsn,
-    snapshots: list[str],
+    history: History,
     samples: int,
 ) -> None:
     """Branches at random moments and at snapshots."""
     chance = random.Random(20260120)
+    begin, end = Lsn.parse(history.begin), Lsn.parse(history.end)
     for sample in range(samples):
         for label, when in (
             ("random_lsn", str(Lsn(chance.randrange(begin + (1 << 20), end)))),
-            ("at_snapshot", chance.choice(snapshots)),
+            ("at_snapshot", chance.choice(history.snapshots)),
         ):
             host.forget_cache()
             host.end_agent()
             name = f"{label.replace('_', '-')}-{sample}"
-            elapsed, made = timed_branch(host, bin_dir, name, "--at", when, expected=None)
+            elapsed, made = timed_branch(host, binaries, name, "--at", when, expected=None)
             report.add(f"first_query_seconds/{kind}/{label}", elapsed, "s", "lower")
             report.add(f"replayed_mb/{kind}/{label}", made["replayed_bytes"] / 1e6, "MB", "lower")
             host.tl("delete", name, "--yes")
@@ -143,31 +146,57 @@ def copy_store(file_url: str, s3_url: str, endpoint_url: str) -> None:
     asyncio.run(copy())
 
 
-def replay(report: Report, directory: Path, s3: tuple[str, str] | None, wal_bytes: int, samples: int) -> None:
-    """All of it, for a directory and, ``s3``: (end point of the server, of the proxy before it), for a bucket."""
-    place = directory / "replay"
-    url, bucket = f"file://{directory}/replay-store", "s3://bench/replay"
-    with running_server(15, settings=SETTINGS) as server:
-        archiving = make_host(place, url, source=server.conninfo)
-        archiving.tl("init", url, "--source", server.conninfo)
-        begin, end = write_history(server, archiving, wal_bytes)
-        distances = server.value("select checkpoints_timed + checkpoints_req from pg_stat_bgwriter")
-        known = archiving.tl("status")["snapshots"]
-        snapshots = [each["lsn"] for each in known if each["kind"] == BUILT]
+@dataclass(frozen=True, slots=True)
+class History:
+    """A store with a long history, and where to branch in it."""
+
+    store: str
+    begin: str
+    end: str
+    """First and last moment to branch at."""
+    snapshots: tuple[str, ...]
+    """LSNs of the built ones."""
+
+
+def history_in(directory: Path, wal_bytes: int) -> History:
+    """The history kept there, or else written there now."""
+    kept = directory / "history.json"
+    if kept.exists():
+        return from_json(History, json.loads(kept.read_text()))
+    directory.mkdir(parents=True, exist_ok=True)
+    url = f"file://{directory}/store"
+    with running_server(MAJOR, settings=SETTINGS) as server:
+        host = make_host(directory / "archiving", url, source=server.conninfo)
+        host.tl("init", url, "--source", server.conninfo)
+        begin, end = write_history(server, host, wal_bytes)
+        checkpoints = server.value("select checkpoints_timed + checkpoints_req from pg_stat_bgwriter")
+        snapshots = [each["lsn"] for each in host.tl("status")["snapshots"] if each["kind"] == BUILT]
         print(
-            f"{(end - begin) >> 20} MiB of WAL, {distances} checkpoints, {len(snapshots)} snapshots",
+            f"{(end - begin) >> 20} MiB of WAL, {checkpoints} checkpoints, {len(snapshots)} snapshots",
             file=sys.stderr,
             flush=True,
         )
-        bin_dir = server.bin
-        archiving.tl("detach", "--source", server.conninfo, "--yes")
-    hosts = {"file": make_host(place, url)}
+        host.tl("detach", "--source", server.conninfo, "--yes")
+    history = History(url, str(begin), str(end), tuple(snapshots))
+    kept.write_text(json.dumps(to_json(history)))
+    return history
+
+
+def replay(
+    report: Report, directory: Path, history: History, s3: tuple[str, str] | None, samples: int
+) -> None:
+    """All of it, for a directory and, ``s3``: (end point of the server, of the proxy before it), for a bucket."""
+    hosts = {"file": make_host(directory / "replay", history.store)}
     if s3 is not None:
-        copy_store(url, bucket, s3[0])
+        bucket = "s3://bench/replay"
+        copy_store(history.store, bucket, s3[0])
         hosts["s3"] = make_host(directory / "replay-s3", bucket, endpoint_url=s3[1])
+    binaries = bin_dir(MAJOR)
+    if binaries is None:
+        raise RuntimeError(f"no Postgres {MAJOR} on this machine")
     for kind, host in hosts.items():
-        measure(report, host, bin_dir, kind, begin, end, snapshots, samples)
-    eager = eager_seconds(15, hosts["file"], place / "full")
+        measure(report, host, binaries, kind, history, samples)
+    eager = eager_seconds(MAJOR, hosts["file"], directory / "full")
     report.add("eager_seconds/file", eager, "s", "lower")
     lazy = report.median("first_query_seconds/file/random_lsn")
     report.add("ratio_eager_to_lazy/file", eager / lazy, "ratio", "higher")

@@ -1,7 +1,8 @@
 """The archiver's snapshots: built by a child process, when enough WAL has come.
 
 Archiving never depends on them: the child has its own memory and its own end, a failure is said and tried again
-later. On a busy server a build takes its time, and as much time passes before the next one.
+later. On a busy server a build takes its time, and as much time passes before the next one, within a bound: a child
+that caught up with a long backlog ran for long, and what came meanwhile must not wait for as long again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ IDLE_SECONDS = 300.0
 """… or after so long, if there is a sixteenth of it."""
 RETRY_SECONDS = 300.0
 LONGEST_RETRY_SECONDS = 3600.0
+LONGEST_PAUSE_SECONDS = 30.0
+"""Between the end of one build and the next."""
 BUSY_SECONDS = 30.0
 """After a failure that may pass, such as another build on this host."""
 _POLL_SECONDS = 1.0
@@ -54,7 +57,7 @@ class Pace:
 
     def after(self, durable: Lsn, began: float, now: float) -> Pace:
         """The pace after a build that took from ``began`` to ``now``."""
-        return Pace(self.every_bytes, durable, now, now + (now - began))
+        return Pace(self.every_bytes, durable, now, now + min(now - began, LONGEST_PAUSE_SECONDS))
 
 
 class SnapshotSchedule:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 from timeline.catalog.history import History
 from timeline.catalog.line import incarnation_at
-from timeline.catalog.when import Latest
+from timeline.catalog.partial import describe_missing
+from timeline.catalog.target import Target
+from timeline.catalog.when import AtLsn, Latest
 from timeline.clock import Clock, Micros
-from timeline.errors import TimelineError
+from timeline.errors import TargetUnreachable, TimelineError
 from timeline.format.evidence import RecoveryPoint
 from timeline.lsn import Lsn
 from timeline.store.base import Store
@@ -43,10 +45,9 @@ async def measure_point(
 ) -> tuple[RecoveryPoint, tuple[str, ...]]:
     """The recovery point, and warnings. ``source``: conninfo. Raises what reading the store raises."""
     history = await History.load(store)
-    head = await history.resolve(Latest())
-    complete = await history.source_clock()
+    newest = await _newest(history)
+    head, complete, warnings = newest.head, newest.complete, list(newest.warnings)
     head_commit = head.last_commit.time if head.last_commit is not None else None
-    warnings: list[str] = []
     answer = None
     if source is not None:
         identifier = incarnation_at(history.state, head.lsn).system_identifier
@@ -96,6 +97,35 @@ async def measure_point(
         objective_micros=objective_micros,
     )
     return point, tuple(warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Newest:
+    """The newest moment in the store that can be proven."""
+
+    head: Target
+    complete: Micros | None
+    """Up to when the history is complete, by the source's clock."""
+    warnings: tuple[str, ...] = ()
+
+
+async def _newest(history: History) -> _Newest:
+    """Of an incomplete copy (EDGE 63) the end of what is whole: the RPO is told too large rather than too small."""
+    try:
+        return _Newest(await history.resolve(Latest()), await history.source_clock())
+    except TargetUnreachable:
+        # That something is missing is noticed on the way to it, no sooner.
+        if not history.missing:
+            raise
+    tli = history.state.current_tli
+    reached = [each for each in await history.reachable() if each.tli == tli and not each.abandoned]
+    if not reached:
+        raise TargetUnreachable(
+            f"nothing can be recovered: {describe_missing(history.missing)}", hint="complete the copy"
+        )
+    whole = max(reached, key=lambda each: each.last)
+    warning = f"{describe_missing(history.missing)}; the RPO is that of its whole part"
+    return _Newest(await history.resolve(AtLsn(whole.last)), whole.last_time, (warning,))
 
 
 async def _ask(conninfo: str, system_identifier: int) -> SourceNow:

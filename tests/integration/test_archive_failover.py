@@ -18,6 +18,7 @@ from tests.support.archiver import (
 )
 from tests.support.clones import Clones, clones, next_tli, promote, wait_for
 from tests.support.postgres import PostgresServer
+from tests.support.tl_host import make_host
 from timeline.format.log import Tli
 from timeline.lsn import Lsn
 
@@ -163,6 +164,21 @@ def test_the_first_run_on_a_promoted_server_begins_with_its_history(
     assert tli(store, 2).history == (server.data / "pg_wal" / "00000002.history").read_text()
     assert_same_wal(server, store, 2)
     assert state.tlis[0].start % (16 << 20) == 0
+
+
+def test_the_first_base_backup_waits_until_the_archiver_has_followed(
+    make_postgres: MakePostgres, tmp_path: Path
+) -> None:
+    """EDGE 2, 17: a server restored and promoted, into a new store; the slot begins before the fork."""
+    server = make_postgres(15, settings=KEEP)
+    # Longer ago than a segment: what lies before the fork takes a while to archive.
+    server.sql("create table t as select g, repeat('x', 500) from generate_series(1, 40000) g")
+    next_tli(server)
+    host = make_host(tmp_path / "host", f"file://{tmp_path}/store", source=server.conninfo)
+    host.tl("init", f"file://{tmp_path}/store", "--source", server.conninfo)
+    host.tl("archive", "--once")
+    [base] = host.tl("status")["snapshots"]
+    assert base["kind"] == "base" and log_head(f"file://{tmp_path}/store").state.current_tli == 2
 
 
 def test_a_lagging_standby_leaves_an_orphan_tail(

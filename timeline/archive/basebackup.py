@@ -219,7 +219,7 @@ class _Backup:
     ) -> BackupReport:
         """From the connection to the log entry."""
         state = head.state
-        await self._check_system(stream, state)
+        await self._check_source(stream, state)
         snapshot = self._compared
         boot = BootPack(self._store_id, self._clock, await self._boot_extents(snapshot))
         writer = ExtentWriter(
@@ -297,8 +297,8 @@ class _Backup:
             elapsed_seconds=self._clock.monotonic() - self._began,
         )
 
-    async def _check_system(self, stream: BackupStream, state: BranchState) -> None:
-        """EDGE 12."""
+    async def _check_source(self, stream: BackupStream, state: BranchState) -> None:
+        """EDGE 12; and before the source is asked for a checkpoint, whether its WAL is followed."""
         identity = await stream.identify()
         expected = state.incarnations[-1]
         if identity.system_identifier != expected.system_identifier:
@@ -306,6 +306,12 @@ class _Backup:
                 f"the source is system {identity.system_identifier}, branch {state.branch} holds "
                 f"{expected.system_identifier}",
                 hint="check the address; a new cluster needs a store of its own",
+            )
+        if state.find_tli(identity.tli) is None:
+            # The archiver follows in a moment: the slot of a server just promoted begins on the tli before.
+            raise Unavailable(
+                f"the source is on tli {identity.tli}, which branch {state.branch} does not know yet",
+                hint="let the archiver follow the source first",
             )
 
     def _check_wal(self, stream: BackupStream, state: BranchState) -> None:

@@ -76,6 +76,11 @@ class History:
         return self._head.state
 
     @property
+    def missing(self) -> tuple[str, ...]:
+        """Keys that this view names and the store does not hold, as far as was noticed (EDGE 63)."""
+        return self._missing
+
+    @property
     def number(self) -> int:
         """Number of the log entry this view is of."""
         return self._head.number

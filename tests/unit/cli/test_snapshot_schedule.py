@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from cli.snapshot_schedule import IDLE_SECONDS, Pace, last_lines, said_by
+from cli.snapshot_schedule import IDLE_SECONDS, LONGEST_PAUSE_SECONDS, Pace, last_lines, said_by
 from timeline.lsn import Lsn
 
 MIB = 1 << 20
@@ -28,10 +28,16 @@ def test_a_little_wal_is_due_after_a_while_and_none_never_is() -> None:
 
 def test_a_build_is_followed_by_as_long_a_pause() -> None:
     """A busy server does not spend all its time on snapshots."""
-    after = pace().after(Lsn(200 * MIB), 1000.0, 1040.0)
-    assert not after.is_due(Lsn(400 * MIB), 1079.0)
-    assert after.is_due(Lsn(400 * MIB), 1080.0)
-    assert not after.is_due(Lsn(263 * MIB), 1080.0)
+    after = pace().after(Lsn(200 * MIB), 1000.0, 1020.0)
+    assert not after.is_due(Lsn(400 * MIB), 1039.0)
+    assert after.is_due(Lsn(400 * MIB), 1040.0)
+    assert not after.is_due(Lsn(263 * MIB), 1040.0)
+
+
+def test_the_pause_is_bounded() -> None:
+    """A child that caught up for minutes must not leave what came meanwhile for as long."""
+    after = pace().after(Lsn(200 * MIB), 1000.0, 1600.0)
+    assert after.is_due(Lsn(264 * MIB), 1600.0 + LONGEST_PAUSE_SECONDS)
 
 
 def test_why_a_build_failed_is_said_in_full() -> None:
