@@ -37,8 +37,9 @@ from timeline.catalog.branch_log import BranchLog
 from timeline.catalog.history import History
 from timeline.catalog.meta import create_store, read_meta
 from timeline.format import keys
+from timeline.format.branch_state import BASE, Snapshot, Tli
 from timeline.format.file_listing import write_file_listing
-from timeline.format.log import BASE, AddSnapshot, Begin, Cover, Snapshot, Tli
+from timeline.format.log_change import AddSnapshot, Begin, Cover
 from timeline.format.manifest import FileRow, ManifestRef
 from timeline.format.page_manifest import write_page_manifest
 from timeline.format.wal_index import Coverage, WalIndex, no_commits, no_touches

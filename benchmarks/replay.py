@@ -23,7 +23,7 @@ from benchmarks.fixture import Host, make_host, timed_branch
 from benchmarks.report import Report
 from tests.support.postgres import PostgresServer, bin_dir, running_server
 from tests.support.restored import wait_until_promoted
-from timeline.format.log import BUILT
+from timeline.format.branch_state import BUILT
 from timeline.format.value_json import from_json, to_json
 from timeline.lsn import Lsn
 from timeline.store.open import open_store

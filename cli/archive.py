@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from timeline.archive.status import ArchiverStatus
     from timeline.catalog.branch_log import BranchLog
     from timeline.clock import Clock
-    from timeline.format.log import BranchState
+    from timeline.format.branch_state import BranchState
     from timeline.store.base import Store
 
 SEAL_PAUSE_SECONDS = 5.0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cli.operations import RetentionPlan
     from timeline.catalog.branch_log import BranchLog
     from timeline.clock import Clock
-    from timeline.format.log import OpenMark
+    from timeline.format.branch_state import OpenMark
     from timeline.maintain.collect import Collected
     from timeline.maintain.garbage import Found, Tally
     from timeline.maintain.retention import RetentionPolicy

@@ -16,8 +16,8 @@ from cli.facts import KindSize, StoreSize
 
 if TYPE_CHECKING:
     from timeline.catalog.history import History
+    from timeline.format.branch_state import BranchState
     from timeline.format.extent_totals import ExtentTotals
-    from timeline.format.log import BranchState
     from timeline.format.manifest import ManifestRef
     from timeline.store.base import Store
 

@@ -49,8 +49,8 @@ from timeline.catalog.target import Target
 from timeline.catalog.when import When, parse_when
 from timeline.clock import Clock
 from timeline.errors import CheckFailed, UsageError
+from timeline.format.branch_state import Incarnation, Setting
 from timeline.format.file_listing import FileListing
-from timeline.format.log import Incarnation, Setting
 from timeline.format.wal_index import EventKind
 from timeline.lsn import Lsn
 from timeline.pg.control import CONTROL_FILE, parse_control

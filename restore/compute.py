@@ -21,7 +21,7 @@ from restore.host import Host
 from restore.process import children, command_line, is_alive, send, start_time
 from timeline.clock import Clock
 from timeline.errors import TimelineError, Unavailable
-from timeline.format.log import Setting
+from timeline.format.branch_state import Setting
 from timeline.lsn import Lsn
 from timeline.pg.control import CONTROL_FILE, parse_control
 from timeline.pg.segment import history_name, parse_history

@@ -13,9 +13,9 @@ from timeline.catalog.tail import TailChunk
 from timeline.catalog.target import Target
 from timeline.errors import DamagedStore, MissingObject
 from timeline.format import keys
+from timeline.format.branch_state import Snapshot
 from timeline.format.evidence import Damage
 from timeline.format.extent import GROUP_BLOCKS
-from timeline.format.log import Snapshot
 from timeline.format.manifest import ManifestRef, PageRow
 from timeline.format.page_manifest import Footer, PageRowGroup, open_footer
 from timeline.store.base import Store

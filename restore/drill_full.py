@@ -22,7 +22,7 @@ from timeline.catalog.line import incarnation_at
 from timeline.catalog.target import Target
 from timeline.catalog.when import AtLsn
 from timeline.clock import Clock
-from timeline.format.log import Incarnation, Setting
+from timeline.format.branch_state import Incarnation, Setting
 
 PORT = 5432
 

@@ -24,9 +24,9 @@ from restore.host import Account
 from timeline.catalog.parallel import in_order
 from timeline.errors import DamagedStore, MissingObject, NotFound, TimelineError
 from timeline.format import keys
+from timeline.format.branch_state import Snapshot
 from timeline.format.extent import GROUP_BYTES, decode_extent
 from timeline.format.file_listing import FileListing, read_file_listing
-from timeline.format.log import Snapshot
 from timeline.format.manifest import ManifestRef, PageRow
 from timeline.format.page_manifest import Footer, open_footer
 from timeline.pg.control import CONTROL_FILE

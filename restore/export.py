@@ -38,8 +38,8 @@ from timeline.catalog.target import Target
 from timeline.catalog.when import When
 from timeline.clock import Clock
 from timeline.errors import UsageError
+from timeline.format.branch_state import Setting
 from timeline.format.file_listing import FileListing
-from timeline.format.log import Setting
 from timeline.ids import MAIN
 from timeline.pg.control import Parameters, parse_control
 from timeline.store.open import open_store

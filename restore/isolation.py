@@ -24,7 +24,7 @@ from typing import Any
 from restore.binaries import Binaries
 from restore.icu_memory import IcuMemory
 from timeline.errors import CheckFailed, TimelineError, Unavailable, UsageError
-from timeline.format.log import Incarnation
+from timeline.format.branch_state import Incarnation
 
 _FILENODE_MAP = "global/pg_filenode.map"
 _MAP_MAGIC = 0x592717

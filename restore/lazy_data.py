@@ -14,7 +14,7 @@ from restore.overlay import Overlay
 from restore.pin_keeper import PinNote, read_note
 from restore.threads import to_the_end
 from timeline.errors import TimelineError
-from timeline.format.log import Snapshot
+from timeline.format.branch_state import Snapshot
 
 PIN = "pin.json"
 """In the branch's directory: what its mount says of its pin."""

@@ -39,7 +39,7 @@ from restore.tree import Tree
 from timeline.catalog.branch_log import read_head
 from timeline.clock import Clock, SystemClock
 from timeline.errors import TimelineError
-from timeline.format.log import Snapshot
+from timeline.format.branch_state import Snapshot
 from timeline.format.value_json import to_json
 from timeline.store.base import Store
 from timeline.store.open import open_store

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from timeline.clock import Micros
 from timeline.errors import TimelineError
-from timeline.format.log import Snapshot
+from timeline.format.branch_state import Snapshot
 from timeline.format.value_json import from_json, to_json
 from timeline.ids import MAIN
 

@@ -21,7 +21,7 @@ from timeline.catalog.branch_log import read_head
 from timeline.clock import Clock, Micros
 from timeline.errors import TimelineError
 from timeline.format import keys
-from timeline.format.log import Snapshot
+from timeline.format.branch_state import Snapshot
 from timeline.format.pin import PIN_ID_BYTES, Pin, encode_pin
 from timeline.format.value_json import from_json, to_json
 from timeline.store.base import Store

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from timeline.catalog.line import replay_start
 from timeline.errors import TargetUnreachable, TimelineError
-from timeline.format.log import BUILT, Incarnation, Setting, Snapshot, Tli
+from timeline.format.branch_state import BUILT, Incarnation, Setting, Snapshot, Tli
 from timeline.format.wal_index import EventKind, WalEvent
 from timeline.lsn import Lsn
 from timeline.pg.control import ControlFile, Parameters

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from timeline.format.log import Setting
+from timeline.format.branch_state import Setting
 from timeline.pg.control import Parameters
 
 AUTO_CONF = b""

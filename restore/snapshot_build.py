@@ -61,9 +61,10 @@ from timeline.catalog.when import AtLsn, Latest
 from timeline.clock import Clock
 from timeline.errors import CheckFailed, LogConflict, Superseded, Unavailable, UsageError
 from timeline.format import keys
+from timeline.format.branch_state import BUILT, Snapshot, Tablespace
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS
 from timeline.format.file_listing import FileListing, read_file_listing, write_file_listing
-from timeline.format.log import BUILT, AddSnapshot, DropSnapshots, Snapshot, Tablespace
+from timeline.format.log_change import AddSnapshot, DropSnapshots
 from timeline.format.manifest import FileRow, ManifestRef, PageRow
 from timeline.format.pack import NONCE_BYTES
 from timeline.format.page_manifest import read_page_rows, write_page_manifests

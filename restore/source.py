@@ -16,9 +16,9 @@ from restore.fetcher import Fetcher
 from restore.page_index import PageIndex, Piece
 from timeline.errors import MissingObject, NotFound, TimelineError
 from timeline.format import keys
+from timeline.format.branch_state import Snapshot
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS, GROUP_BYTES, ExtentRef
 from timeline.format.file_listing import FileListing, read_file_listing
-from timeline.format.log import Snapshot
 from timeline.format.manifest import FileRow, ManifestRef
 from timeline.format.page_manifest import read_page_rows
 from timeline.lsn import Lsn

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tests.support.handmade_store import INLINE_BYTES, STORE_ID, HandmadeStore, nonce, order_of
-from timeline.format import log
+from timeline.format import branch_state, log_change
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS, GROUP_BYTES, ExtentRef, encode_extent
 from timeline.format.file_listing import read_file_listing, write_file_listing
 from timeline.format.manifest import FileRow, ManifestRef, PageRow
@@ -46,7 +46,7 @@ class Step:
     removed: tuple[str, ...] = ()
     directories: tuple[str, ...] = ()
     """New ones."""
-    tablespaces: tuple[log.Tablespace, ...] = ()
+    tablespaces: tuple[branch_state.Tablespace, ...] = ()
     """New ones."""
     folded: bool = False
     """Its deltas are put together."""
@@ -54,12 +54,12 @@ class Step:
 
 def add_built(
     store: HandmadeStore,
-    parent: log.Snapshot,
+    parent: branch_state.Snapshot,
     step: Step,
     contents: Mapping[str, bytes],
     boot: Sequence[Place],
     image: bytes,
-) -> log.Snapshot:
+) -> branch_state.Snapshot:
     """The snapshot, committed. ``contents``: of all files that are stored in extents; ``image``: pg_control of a
     server that was promoted behind the snapshot and shut down."""
     began = store.head
@@ -81,9 +81,9 @@ def add_built(
     if step.folded:
         pages = (pages[0], _fold(store, pages[1:], rows))
     spaces = {space.oid: space for space in (*parent.tablespaces, *step.tablespaces)}
-    snapshot = log.Snapshot(
+    snapshot = branch_state.Snapshot(
         id=step.id,
-        kind=log.BUILT,
+        kind=branch_state.BUILT,
         tli=step.tli,
         lsn=step.lsn,
         checkpoint=checkpoint_place(step.lsn),
@@ -98,11 +98,13 @@ def add_built(
         parent=parent.id,
         bytes=sum(row.size for row in rows.values() if row.kind == "f"),
     )
-    store.append(log.AddSnapshot(snapshot, began))
+    store.append(log_change.AddSnapshot(snapshot, began))
     return snapshot
 
 
-def _listing(store: HandmadeStore, parent: log.Snapshot, step: Step, image: bytes) -> dict[str, FileRow]:
+def _listing(
+    store: HandmadeStore, parent: branch_state.Snapshot, step: Step, image: bytes
+) -> dict[str, FileRow]:
     listing = read_file_listing(store.get_manifest(parent.files), parent.files)
     rows = {row.path: row for row in listing if row.path not in step.removed}
     for path in step.directories:

@@ -36,7 +36,7 @@ from tests.support.handmade_store import (
 from tests.support.plain_backup import PlainBackup, take_backup
 from tests.support.postgres import PostgresServer, running_server, scratch
 from timeline.errors import DamagedStore
-from timeline.format import evidence, keys, log
+from timeline.format import branch_state, evidence, keys, log_change
 from timeline.format.extent import BLOCK_BYTES
 from timeline.format.mark import Garbage, MarkObject, VoidChunks, VoidEntries, encode_mark
 from timeline.format.page_manifest import read_page_rows, write_page_manifest
@@ -69,7 +69,7 @@ class Source:
     middle: Lsn
     """Between two transactions on tli 1, behind the backup."""
     history: str
-    tablespace: log.Tablespace
+    tablespace: branch_state.Tablespace
     """Made on tli 1 behind ``middle``."""
     image: bytes
     """pg_control after it was promoted once more and shut down."""
@@ -119,7 +119,7 @@ def _record(server: PostgresServer, directory: Path) -> Source:
     promote_in_place(server)
     server.stop()
     image = (server.data / "global/pg_control").read_bytes()
-    tablespace = log.Tablespace(oid, str(space))
+    tablespace = branch_state.Tablespace(oid, str(space))
     return Source(backup, early, old, new, middle, history, tablespace, image)
 
 
@@ -147,8 +147,8 @@ class _Maker:
         incarnation = replace(
             source.backup.incarnation, libc_version="2.36", icu_version="72.1", from_lsn=start
         )
-        store.append(log.Begin(incarnation, log.Tli(1, None, start, start, None, None)))
-        store.append(log.ClaimEpoch(1))
+        store.append(log_change.Begin(incarnation, branch_state.Tli(1, None, start, start, None, None)))
+        store.append(log_change.ClaimEpoch(1))
         index = Indexer(_SEGMENT_BYTES, 1, start)
         self._seal_halves(source.early, 5 * _CUT_BYTES, index)
         base = self._add_base()
@@ -156,13 +156,13 @@ class _Maker:
         first = self._build_first(base)
         second = self._build_second(first)
         store.merge([sealed for sealed in store.state.sealed if sealed.start >= source.old.start])
-        store.append(log.ForgetWal((log.Forgotten(1, source.old.start),)))
-        store.append(log.DropSnapshots((first.id,)), with_state=False)
+        store.append(log_change.ForgetWal((log_change.Forgotten(1, source.old.start),)))
+        store.append(log_change.DropSnapshots((first.id,)), with_state=False)
         self._mark(nonce())
         self._collect()
 
         fork = source.new.start
-        store.append(log.SwitchTli(1, fork, log.Tli(2, 1, fork, fork, None, source.history)))
+        store.append(log_change.SwitchTli(1, fork, branch_state.Tli(2, 1, fork, fork, None, source.history)))
         index = Indexer(_SEGMENT_BYTES, 2, fork)
         half = len(source.new.data) // 2
         sealed, tail = (
@@ -176,9 +176,9 @@ class _Maker:
         store.add_chunks(tail, _CUT_BYTES // 2, index, system)
         store.merge([one for one in store.state.sealed if one.tli == 2])
         self._build_third(second)
-        store.append(log.Cover(Coverage(2, source.new.end, MICROS + 60 * _SECOND)), with_state=False)
-        gap = log.Gap(2, source.new.end, Lsn(source.new.end + _SEGMENT_BYTES), "slot lost")
-        store.append(log.RecordGap(gap))
+        store.append(log_change.Cover(Coverage(2, source.new.end, MICROS + 60 * _SECOND)), with_state=False)
+        gap = branch_state.Gap(2, source.new.end, Lsn(source.new.end + _SEGMENT_BYTES), "slot lost")
+        store.append(log_change.RecordGap(gap))
         pin = Pin(
             id=nonce(),
             branch="main",
@@ -189,7 +189,7 @@ class _Maker:
             sealed=tuple(one for one in store.state.sealed if one.tli == 1),
         )
         store.put(keys.pin(pin.id), encode_pin(pin))
-        store.append(log.DropSnapshots((second.id,)), with_state=False)
+        store.append(log_change.DropSnapshots((second.id,)), with_state=False)
         self._add_drill()
         self._mark(nonce())
 
@@ -198,15 +198,15 @@ class _Maker:
         self._store.seal(WalRun(run.tli, run.start, run.data[:half]), cut_bytes, index)
         self._store.seal(WalRun(run.tli, Lsn(run.start + half), run.data[half:]), cut_bytes, index)
 
-    def _add_base(self) -> log.Snapshot:
+    def _add_base(self) -> branch_state.Snapshot:
         """In two tries: what the first one had stored, its progress kept alive."""
         store, backup = self._store, self._source.backup
         began = store.head
         base = store.add_files(
             self._files, replace(backup.snapshot, settings=backup.snapshot.settings[:5], time=MICROS)
         )
-        progress = log.BackupProgress("try-1", base.pages, base.bytes, MICROS)
-        store.append(log.RecordProgress(progress, began), with_state=False)
+        progress = branch_state.BackupProgress("try-1", base.pages, base.bytes, MICROS)
+        store.append(log_change.RecordProgress(progress, began), with_state=False)
         rows = list(read_page_rows(store.get_manifest(base.pages[0]), base.pages[0]))
         boot = [row for row in rows if (row.path, row.group) in _BOOT]
         base = replace(
@@ -214,12 +214,12 @@ class _Maker:
             id="base-1",
             pages=(replace(base.pages[0], lsn=base.lsn),),
             boot=store.put_manifest(write_page_manifest(boot, nonce=nonce())),
-            tablespaces=(log.Tablespace(16384, "/srv/space"),),
+            tablespaces=(branch_state.Tablespace(16384, "/srv/space"),),
         )
-        store.append(log.AddSnapshot(base, began), with_state=False)
+        store.append(log_change.AddSnapshot(base, began), with_state=False)
         return base
 
-    def _build_first(self, base: log.Snapshot) -> log.Snapshot:
+    def _build_first(self, base: branch_state.Snapshot) -> branch_state.Snapshot:
         """Single blocks of a relation, and of a file that is in the boot set."""
         lsn = self._redo_point(self._source.old, self._source.middle)
         relation = self._overwrite("base/5/16384", 2, b"x" * BLOCK_BYTES)
@@ -231,7 +231,7 @@ class _Maker:
         )
         return self._add_built(base, Step("built-1", 1, lsn, changed))
 
-    def _build_second(self, first: log.Snapshot) -> log.Snapshot:
+    def _build_second(self, first: branch_state.Snapshot) -> branch_state.Snapshot:
         """A file made anew under an old name, one that grew, one that is gone, new ones, a new tablespace."""
         lsn = self._redo_point(self._source.old, Lsn(self._source.old.end - 1))
         anew, grown = b"z" * 9000, b"g" * (2 * BLOCK_BYTES)
@@ -254,7 +254,7 @@ class _Maker:
         )
         return self._add_built(first, step)
 
-    def _build_third(self, second: log.Snapshot) -> None:
+    def _build_third(self, second: branch_state.Snapshot) -> None:
         """On the next tli, with its deltas folded into one; a file was cut short."""
         lsn = self._redo_point(self._source.new, Lsn(self._source.new.end - 1))
         relation = self._overwrite("base/5/16384", 17, b"w" * BLOCK_BYTES)
@@ -266,7 +266,7 @@ class _Maker:
         )
         self._add_built(second, Step("built-3", 2, lsn, changed, folded=True))
 
-    def _add_built(self, parent: log.Snapshot, step: Step) -> log.Snapshot:
+    def _add_built(self, parent: branch_state.Snapshot, step: Step) -> branch_state.Snapshot:
         return add_built(self._store, parent, step, self._contents, _BOOT, self._source.image)
 
     def _redo_point(self, run: WalRun, latest: Lsn) -> Lsn:
@@ -312,7 +312,7 @@ class _Maker:
             entries=VoidEntries(0, 0, 0),
         )
         store.put(keys.mark(mark_id), encode_mark(mark))
-        change = log.Mark(mark_id, mark.head, mark.at, store.state.collection.last)
+        change = log_change.Mark(mark_id, mark.head, mark.at, store.state.collection.last)
         store.append(change, with_state=False)
 
     def _collect(self) -> None:
@@ -322,7 +322,7 @@ class _Maker:
         assert opened is not None
         objects = load(store.root)
         garbage = set(objects) - GoldenReader(objects).reachable()
-        store.append(log.Collect(opened.id))
+        store.append(log_change.Collect(opened.id))
         for key in sorted(garbage):
             if key.startswith((keys.PACKS, keys.MANIFESTS)):
                 store.delete(key)
@@ -376,7 +376,7 @@ class _Maker:
             self._store.put(keys.drill_evidence(found.id, file.form), file.data)
 
 
-def _is_void(key: str, tli: log.Tli) -> bool:
+def _is_void(key: str, tli: branch_state.Tli) -> bool:
     chunk = keys.parse_chunk(key)
     return chunk is not None and chunk.tli == tli.tli and chunk.start < tli.sealed
 

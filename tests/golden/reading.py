@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from timeline.errors import MissingObject
-from timeline.format import keys, log, value_json
+from timeline.format import branch_state, keys, log, value_json
 from timeline.format.chunk import decode_chunk
 from timeline.format.evidence import decode_evidence
 from timeline.format.extent import BLOCK_BYTES, GROUP_BYTES, decode_extent
@@ -80,17 +80,17 @@ class GoldenReader:
             raise MissingObject(key)
         return self.objects[key]
 
-    def read_log(self) -> tuple[log.BranchState, Json]:
+    def read_log(self) -> tuple[branch_state.BranchState, Json]:
         """The newest state, and all entries, oldest first."""
         names = sorted(key for key in self.objects if keys.parse_log_entry(key) is not None)
         entries = [log.decode_entry(self._get(key), key) for key in reversed(names)]
-        state = log.BranchState.empty("main")
+        state = branch_state.BranchState.empty("main")
         for entry in entries:
             state = entry.change.apply(state)
             assert entry.state in (None, state)
         return state, [value_json.to_json(entry) | {"state": entry.state is not None} for entry in entries]
 
-    def _files(self, snapshot: log.Snapshot) -> Json:
+    def _files(self, snapshot: branch_state.Snapshot) -> Json:
         data = self._get(keys.manifest(snapshot.files.digest))
         contents: dict[str, bytearray] = {}
         listing = read_file_listing(data, snapshot.files)
@@ -130,7 +130,7 @@ class GoldenReader:
         stored = self._get(key)[extent.offset : extent.offset + extent.stored_bytes]
         return decode_extent(stored, extent, key)
 
-    def _wal(self, state: log.BranchState, tli: log.Tli) -> Json:
+    def _wal(self, state: branch_state.BranchState, tli: branch_state.Tli) -> Json:
         runs = []
         for sealed in state.sealed:
             if sealed.tli == tli.tli:
@@ -150,7 +150,7 @@ class GoldenReader:
             position = state.after_gap(tli.tli, chunk.header.end)
         return runs
 
-    def _bounds(self, sealed: log.SealedRange) -> list[Json]:
+    def _bounds(self, sealed: branch_state.SealedRange) -> list[Json]:
         """What a merged manifest says of its row groups [MAN-3]; empty for any other."""
         data = self._get(keys.manifest(sealed.manifest.digest))
         footer = open_wal_manifest(data, sealed.manifest)
@@ -172,7 +172,7 @@ class GoldenReader:
                 )
         return bounds
 
-    def _marks(self, state: log.BranchState) -> Json:
+    def _marks(self, state: branch_state.BranchState) -> Json:
         named = [keys.mark(state.collection.mark.id)] if state.collection.mark is not None else []
         there = [key for key in sorted(self.objects) if keys.parse_mark(key) is not None]
         return {key: value_json.to_json(decode_mark(self._get(key), key)) for key in {*named, *there}}
@@ -206,7 +206,7 @@ class GoldenReader:
                 found[key] = json.loads(metadata[b"tl.envelope"]).get("nonce")
         return {key: nonce for key, nonce in found.items() if nonce is not None}
 
-    def _verify_whole(self, state: log.BranchState) -> None:
+    def _verify_whole(self, state: branch_state.BranchState) -> None:
         """What reading by parts leaves out: packs and page manifests against their names [PAC-3], [MAN-4]."""
         for key in self.objects:
             if key.startswith("packs/"):

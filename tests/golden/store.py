@@ -15,7 +15,7 @@ from typing import Any
 
 from restore import rescue
 from tests.golden.reading import GoldenReader
-from timeline.format import keys, log
+from timeline.format import branch_state, keys
 
 _HERE = Path(__file__).parent
 NEVER_READ_BY_RESCUE = frozenset(
@@ -88,9 +88,9 @@ def choose(objects: Mapping[str, bytes]) -> dict[str, str]:
     """One object of every kind that the store holds, such that rescue needs it too, if it reads that kind at all."""
     newest = min(key for key in objects if keys.parse_log_entry(key))
     state, _ = GoldenReader(objects).read_log()
-    base = next(snapshot for snapshot in state.snapshots if snapshot.kind == log.BASE)
+    base = next(snapshot for snapshot in state.snapshots if snapshot.kind == branch_state.BASE)
     built = state.snapshots[-1]
-    assert built.kind == log.BUILT and built.boot is not None
+    assert built.kind == branch_state.BUILT and built.boot is not None
     wal = [key for key in objects if key.startswith("packs/") and b'"kind":"wal"' in objects[key][:300]]
     extents = [
         key for key in objects if key.startswith("packs/") and b'"kind":"extents"' in objects[key][:300]

@@ -13,7 +13,7 @@ from tests.golden.reading import GoldenReader
 from tests.golden.store import NEVER_READ_BY_RESCUE, STORES, V1B, GoldenStore, choose, rescue_error
 from tests.support.manual_clock import ManualClock
 from timeline.errors import DamagedStore
-from timeline.format import keys, log, value_json
+from timeline.format import branch_state, keys, log, log_change, value_json
 from timeline.format.mark import decode_mark
 from timeline.maintain.garbage import find_garbage
 from timeline.store.memory import MemoryStore
@@ -45,7 +45,7 @@ def test_golden_store_reads_as_it_did(golden: GoldenStore) -> None:
 @each_store
 def test_the_second_reader_makes_the_same_state_of_all_changes(golden: GoldenStore) -> None:
     """[LOG-4], P12: as if no entry but the first had one."""
-    state: Any = value_json.to_json(log.BranchState.empty("main"))
+    state: Any = value_json.to_json(branch_state.BranchState.empty("main"))
     for key in sorted(filter(keys.parse_log_entry, golden.objects), reverse=True):
         rescue.apply_change(state, rescue.unseal(golden.objects[key], key)["change"])
     assert _useful(state) == _useful(golden.expected["state"])
@@ -73,7 +73,7 @@ def test_golden_stores_hold_every_kind_of_change_and_object() -> None:
         kinds |= {case.split("/")[0] for case in golden.cases}
         assert kinds <= set(choose(golden.objects))
         assert {case.split("/")[1] for case in golden.cases} == set(CHANGES)
-    assert changes == set(log.Change.__args__)
+    assert changes == set(log_change.Change.__args__)
     assert with_state == {True, False}
     assert kinds == set(choose(V1B.objects)) and kinds > NEVER_READ_BY_RESCUE
     assert {"restore_point", "tablespace_create", "checkpoint", "backup_end"} <= events
@@ -90,7 +90,7 @@ def test_every_object_of_the_newest_is_written_as_today() -> None:
     assert max(len(groups) for groups in expected["merged"].values()) > 1
     state, _ = GoldenReader(objects).read_log()
     base, built = state.snapshots
-    assert (base.kind, built.kind, built.parent) == (log.BASE, log.BUILT, "built-2")
+    assert (base.kind, built.kind, built.parent) == (branch_state.BASE, branch_state.BUILT, "built-2")
     assert [ref.lsn for ref in built.pages] == [base.lsn, built.lsn]
     assert state.collection.mark is not None and state.collection.collected
 

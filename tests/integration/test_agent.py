@@ -24,8 +24,8 @@ from tests.support.plain_snapshot import store_directory
 from tests.support.postgres import scratch
 from timeline.clock import SystemClock
 from timeline.format import keys
+from timeline.format.branch_state import Snapshot
 from timeline.format.file_listing import write_file_listing
-from timeline.format.log import Snapshot
 from timeline.format.manifest import FileRow
 from timeline.lsn import Lsn
 from timeline.store.local import LocalStore

@@ -19,7 +19,7 @@ from tests.support.archiver import (
 from tests.support.clones import Clones, clones, next_tli, promote, wait_for
 from tests.support.postgres import PostgresServer
 from tests.support.tl_host import make_host
-from timeline.format.log import Tli
+from timeline.format.branch_state import Tli
 from timeline.lsn import Lsn
 
 MakePostgres = Callable[..., PostgresServer]

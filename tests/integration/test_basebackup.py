@@ -33,7 +33,8 @@ from timeline.catalog.branch_log import BranchLog
 from timeline.clock import SystemClock
 from timeline.errors import CheckFailed, Unavailable, UsageError
 from timeline.format import keys
-from timeline.format.log import BASE, BranchState, RecordProgress, Snapshot
+from timeline.format.branch_state import BASE, BranchState, Snapshot
+from timeline.format.log_change import RecordProgress
 from timeline.lsn import Lsn
 from timeline.pg.backup_label import parse_backup_label
 from timeline.store.base import Store
@@ -544,7 +545,7 @@ def test_progress_of_another_time_does_no_harm(postgres: PostgresServer, directo
 
     async def pin() -> None:
         log = BranchLog(store, "main", CLOCK, CLOCK.token(8))
-        from timeline.format.log import BackupProgress
+        from timeline.format.branch_state import BackupProgress
 
         manifests = (*first.snapshot.pages, *first.snapshot.pages)
         await log.append(RecordProgress(BackupProgress("old", manifests, 1, CLOCK.now())))

@@ -31,8 +31,8 @@ from timeline.catalog.history import History
 from timeline.catalog.when import Latest
 from timeline.clock import SystemClock
 from timeline.format import keys
+from timeline.format.branch_state import Snapshot
 from timeline.format.evidence import Evidence, decode_evidence
-from timeline.format.log import Snapshot
 from timeline.format.manifest import PageRow
 from timeline.format.page_manifest import read_page_rows
 from timeline.lsn import Lsn

@@ -25,7 +25,7 @@ from tests.support.postgres import PostgresServer, free_port, scratch
 from tests.support.snapshot_place import state_of
 from tests.support.tl_host import TL, Host, make_host
 from timeline.clock import SystemClock
-from timeline.format.log import BUILT, BranchState
+from timeline.format.branch_state import BUILT, BranchState
 
 STORES = 20
 BUILD_SECONDS = 900.0

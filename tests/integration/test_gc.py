@@ -19,7 +19,8 @@ from tests.support.tl_host import Host, make_host
 from timeline.catalog.branch_log import BranchLog
 from timeline.clock import SystemClock
 from timeline.format import keys
-from timeline.format.log import DropSnapshots, Snapshot
+from timeline.format.branch_state import Snapshot
+from timeline.format.log_change import DropSnapshots
 from timeline.format.pack import decode_pack_header
 from timeline.store.open import open_store
 from timeline.store.s3 import S3Store

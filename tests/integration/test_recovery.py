@@ -27,7 +27,7 @@ from tests.support.plain_backup import PlainBackup, take_backup
 from tests.support.postgres import PostgresServer, scratch
 from timeline.clock import SystemClock
 from timeline.errors import TimelineError
-from timeline.format.log import Setting
+from timeline.format.branch_state import Setting
 from timeline.format.wal_index import EventKind
 from timeline.lsn import Lsn
 from timeline.pg.control import CONTROL_FILE, parse_control

@@ -22,7 +22,7 @@ from tests.support.handmade_store import HandmadeStore, Indexer, WalRun, promote
 from tests.support.plain_backup import PlainBackup, take_backup
 from tests.support.postgres import PostgresServer, scratch
 from tests.support.rescued import RESCUE, recovered, rescue, value
-from timeline.format import keys, log
+from timeline.format import branch_state, keys, log, log_change
 from timeline.lsn import Lsn
 from timeline.pg.segment import parse_history, parse_segment_name
 
@@ -142,15 +142,17 @@ def _fill(store: HandmadeStore, backup: PlainBackup, received: Path, end: Lsn) -
     old = _received(received, 1, Lsn(0), row.end, segment_bytes)
     new = _received(received, 2, row.end, end, segment_bytes)
     assert old.start <= backup.snapshot.lsn < backup.snapshot.end <= old.end == new.start
-    store.append(log.Begin(backup.incarnation, log.Tli(1, None, old.start, old.start, None, None)))
+    store.append(
+        log_change.Begin(backup.incarnation, branch_state.Tli(1, None, old.start, old.start, None, None))
+    )
     snapshot = store.add_files(backup.directory, backup.snapshot)
-    store.append(log.AddSnapshot(snapshot))
+    store.append(log_change.AddSnapshot(snapshot))
     half = len(old.data) // 2 + 12345
     index = Indexer(segment_bytes, 1, old.start)
     store.seal(WalRun(1, old.start, old.data[:half]), _FRAME_BYTES, index)
     store.add_chunks(WalRun(1, Lsn(old.start + half), old.data[half:]), _CHUNK_BYTES, index, system)
-    opened = log.Tli(2, 1, new.start, new.start, None, history)
-    store.append(log.SwitchTli(1, row.end, opened), with_state=False)
+    opened = branch_state.Tli(2, 1, new.start, new.start, None, history)
+    store.append(log_change.SwitchTli(1, row.end, opened), with_state=False)
     half = len(new.data) // 3
     index = Indexer(segment_bytes, 2, new.start)
     store.seal(WalRun(2, new.start, new.data[:half]), _FRAME_BYTES, index)

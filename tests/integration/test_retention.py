@@ -15,7 +15,7 @@ from tests.support.archived_server import CLOCK, ArchivedServer, archived_server
 from tests.support.postgres import PostgresServer, scratch
 from tests.support.tl_host import make_host
 from timeline.catalog.branch_log import BranchLog, read_head
-from timeline.format.log import BranchState
+from timeline.format.branch_state import BranchState
 from timeline.maintain.retention import RetentionPlan, RetentionPolicy, apply_retention
 
 

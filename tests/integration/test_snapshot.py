@@ -27,7 +27,7 @@ from tests.support.snapshot_place import Place, state_of, unexpected_pages
 from tests.support.tl_host import TL
 from tests.support.workload import prepare, steps
 from timeline.clock import SystemClock
-from timeline.format.log import BUILT
+from timeline.format.branch_state import BUILT
 from timeline.lsn import Lsn
 from timeline.pg.errors import WalFormatError
 

@@ -26,7 +26,7 @@ from tests.support.restored import recover_copy
 from tests.support.snapshot_place import Place, state_of, unexpected_pages
 from tests.support.workload import prepare, server_digest, steps
 from timeline.clock import SystemClock
-from timeline.format.log import Snapshot
+from timeline.format.branch_state import Snapshot
 
 pytestmark = [pytest.mark.fuse, pytest.mark.slow, pytest.mark.majors]
 

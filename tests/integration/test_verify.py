@@ -21,7 +21,8 @@ from tests.support.tl_host import Host, make_host
 from timeline.catalog.branch_log import BranchLog, LogHead, read_head
 from timeline.clock import SystemClock
 from timeline.format import keys
-from timeline.format.log import BranchState, Cover
+from timeline.format.branch_state import BranchState
+from timeline.format.log_change import Cover
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
 from timeline.store.local import LocalStore

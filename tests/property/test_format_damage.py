@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timeline.errors import DamagedStore
-from timeline.format import keys, log
+from timeline.format import branch_state, keys, log, log_change
 from timeline.format.chunk import ChunkHeader, decode_chunk, decode_header, encode_chunk
 from timeline.format.extent import GROUP_BYTES, ExtentRef, decode_extent, encode_extent
 from timeline.format.file_listing import read_file_listing, write_file_listing
@@ -159,7 +159,9 @@ def _manifest_subjects() -> list[Subject]:
 def _json_subjects() -> list[Subject]:
     meta = StoreMeta("ab" * 16, 1, (), (), None, 5)
     key = keys.log_entry("main", 3)
-    entry = log.LogEntry(3, "main", "w", "n", 1, 5, log.ClaimEpoch(1), log.BranchState.empty("main"))
+    entry = log.LogEntry(
+        3, "main", "w", "n", 1, 5, log_change.ClaimEpoch(1), branch_state.BranchState.empty("main")
+    )
     return [
         Subject("tl.json", keys.META, encode_meta(meta), decode_meta),
         Subject("log entry", key, log.encode_entry(entry), lambda damaged: log.decode_entry(damaged, key)),
@@ -233,7 +235,9 @@ def test_object_under_another_key() -> None:
     chunk = SUBJECTS[0]
     with pytest.raises(DamagedStore, match="this key's chunk"):
         decode_chunk(chunk.data, keys.chunk("main", 2, _START))
-    entry = log.LogEntry(3, "main", "w", "n", 1, 5, log.ClaimEpoch(1), log.BranchState.empty("main"))
+    entry = log.LogEntry(
+        3, "main", "w", "n", 1, 5, log_change.ClaimEpoch(1), branch_state.BranchState.empty("main")
+    )
     with pytest.raises(DamagedStore, match="this key's entry"):
         log.decode_entry(log.encode_entry(entry), keys.log_entry("main", 4))
 

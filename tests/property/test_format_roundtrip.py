@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support import format_values as values
 from timeline.errors import DamagedStore
-from timeline.format import keys, log
+from timeline.format import branch_state, keys, log
 from timeline.format.chunk import HEADER_READ_BYTES, ChunkHeader, decode_chunk, decode_layout, encode_chunk
 from timeline.format.digest import hex_digest_of
 from timeline.format.extent import GROUP_BYTES, ExtentRef, decode_extent, encode_extent
@@ -43,8 +43,8 @@ def test_log_entry(entry: log.LogEntry) -> None:
 
 @given(values.snapshots)
 @settings(max_examples=30)
-def test_snapshot_json(snapshot: log.Snapshot) -> None:
-    assert log.snapshot_from_json(log.snapshot_to_json(snapshot)) == snapshot
+def test_snapshot_json(snapshot: branch_state.Snapshot) -> None:
+    assert branch_state.snapshot_from_json(branch_state.snapshot_to_json(snapshot)) == snapshot
 
 
 @given(

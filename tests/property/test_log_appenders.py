@@ -13,7 +13,9 @@ from tests.support.manual_clock import ManualClock
 from timeline.catalog.branch_log import BranchLog, read_head
 from timeline.errors import Fenced, LogConflict
 from timeline.format import keys
-from timeline.format.log import Begin, BranchState, Gap, RecordGap, Tli, decode_entry
+from timeline.format.branch_state import BranchState, Gap, Tli
+from timeline.format.log import decode_entry
+from timeline.format.log_change import Begin, RecordGap
 from timeline.lsn import Lsn
 from timeline.store.base import Store
 from timeline.store.faulty import Call, Crashed, Faults, FaultyStore

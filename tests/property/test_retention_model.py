@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.unit.format.test_log_changes import INCARNATION, REF, SNAPSHOT
 from timeline.catalog.line import line_of, runs_on, usable_snapshots
-from timeline.format import log
+from timeline.format import branch_state, log_change
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
 from timeline.maintain.retention import RetentionPlan, RetentionPolicy, plan_retention
@@ -52,7 +52,7 @@ POLICIES = st.builds(
 class World:
     """A state, and when each stretch of its WAL was written: one hour each."""
 
-    state: log.BranchState
+    state: branch_state.BranchState
     now: int = 1000 * HOUR
     written: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
     """By tli: (start, end, time of the last commit)."""
@@ -65,9 +65,9 @@ class World:
 
 
 def build(steps: list[Step]) -> World:
-    tli = log.Tli(1, None, FIRST, FIRST, None, None)
-    begin = log.Begin(replace(INCARNATION, from_lsn=FIRST), tli)
-    world = World(begin.apply(log.BranchState.empty("main")))
+    tli = branch_state.Tli(1, None, FIRST, FIRST, None, None)
+    begin = log_change.Begin(replace(INCARNATION, from_lsn=FIRST), tli)
+    world = World(begin.apply(branch_state.BranchState.empty("main")))
     for number, step in enumerate(steps):
         state = world.state
         known = state.find_tli(state.current_tli)
@@ -78,7 +78,7 @@ def build(steps: list[Step]) -> World:
                 world.now += HOUR
                 end = Lsn(at + STEP + step.amount * 2000)
                 commits = 0 if step.amount % 5 == 0 else 3
-                sealed = log.SealedRange(
+                sealed = branch_state.SealedRange(
                     known.tli,
                     at,
                     end,
@@ -92,7 +92,7 @@ def build(steps: list[Step]) -> World:
                 # What no commit dates is as old as what is before it: no time after that means a moment inside.
                 before = written[-1][2] if written else 0
                 written.append((at, end, world.now if commits else before))
-                world.state = log.Seal(sealed, None).apply(state)
+                world.state = log_change.Seal(sealed, None).apply(state)
             case "base" if known.sealed - max(known.start, FIRST) > STEP:
                 end = known.sealed
                 lsn = Lsn(max(end - 1000 * (1 + step.amount), _run_start(state, known.tli, end)))
@@ -105,18 +105,18 @@ def build(steps: list[Step]) -> World:
                     end=end,
                     time=world.now,
                 )
-                world.state = log.AddSnapshot(base).apply(state)
+                world.state = log_change.AddSnapshot(base).apply(state)
             case "built":
                 line = line_of(state, known.tli)
                 runs = runs_on(state, line, {})
                 if runs and runs[-1].pieces[-1].tli == known.tli:
                     usable = usable_snapshots(state, line, runs[-1])
-                    if any(one.kind == log.BASE for one in usable) and usable[0].end < known.sealed:
+                    if any(one.kind == branch_state.BASE for one in usable) and usable[0].end < known.sealed:
                         at = known.sealed
                         built = replace(
                             SNAPSHOT,
                             id=f"built-{number}",
-                            kind=log.BUILT,
+                            kind=branch_state.BUILT,
                             tli=known.tli,
                             lsn=at,
                             checkpoint=at,
@@ -124,14 +124,16 @@ def build(steps: list[Step]) -> World:
                             time=world.now,
                             backup_label=None,
                         )
-                        world.state = log.AddSnapshot(built).apply(state)
+                        world.state = log_change.AddSnapshot(built).apply(state)
             case "quiet":
                 world.now += step.amount % 50 * HOUR
                 coverage = Coverage(known.tli, known.sealed, world.now)
-                world.state = log.Cover(coverage).apply(state)
+                world.state = log_change.Cover(coverage).apply(state)
             case "gap" if at == known.sealed:
                 resumed = Lsn(at - at % SEGMENT + SEGMENT * (1 + step.amount % 2))
-                world.state = log.RecordGap(log.Gap(known.tli, at, resumed, "lost")).apply(state)
+                world.state = log_change.RecordGap(branch_state.Gap(known.tli, at, resumed, "lost")).apply(
+                    state
+                )
             case "fork":
                 parents = [one for one in state.tlis if one.sealed > one.start]
                 if not parents:
@@ -141,20 +143,20 @@ def build(steps: list[Step]) -> World:
                 fork = Lsn(parent.start + span * (1 + step.amount % 8) // 8)
                 rows = list(parse_history(parent.history or ""))
                 history = format_history([*rows, HistoryRow(parent.tli, fork, "x")])
-                new = log.Tli(len(state.tlis) + 1, parent.tli, fork, fork, None, history)
-                world.state = log.SwitchTli(parent.tli, fork, new).apply(state)
+                new = branch_state.Tli(len(state.tlis) + 1, parent.tli, fork, fork, None, history)
+                world.state = log_change.SwitchTli(parent.tli, fork, new).apply(state)
             case "progress" if step.amount % 10 == 0:
-                progress = log.BackupProgress("p", (), 0, world.now)
-                world.state = log.RecordProgress(progress).apply(state)
+                progress = branch_state.BackupProgress("p", (), 0, world.now)
+                world.state = log_change.RecordProgress(progress).apply(state)
     return world
 
 
-def _run_start(state: log.BranchState, tli: int, end: Lsn) -> int:
+def _run_start(state: branch_state.BranchState, tli: int, end: Lsn) -> int:
     runs = runs_on(state, line_of(state, tli), {})
     return next((run.start for run in runs if run.start < end <= run.end), 0)
 
 
-def reachable(state: log.BranchState, tli: int) -> list[tuple[Lsn, Lsn]]:
+def reachable(state: branch_state.BranchState, tli: int) -> list[tuple[Lsn, Lsn]]:
     """LSNs that can be had on the line of a tli."""
     line = line_of(state, tli)
     found = []
@@ -164,11 +166,11 @@ def reachable(state: log.BranchState, tli: int) -> list[tuple[Lsn, Lsn]]:
     return found
 
 
-def carry_out(state: log.BranchState, plan: RetentionPlan) -> log.BranchState:
+def carry_out(state: branch_state.BranchState, plan: RetentionPlan) -> branch_state.BranchState:
     if plan.snapshots:
-        state = log.DropSnapshots(plan.snapshots).apply(state)
+        state = log_change.DropSnapshots(plan.snapshots).apply(state)
     if plan.forget:
-        state = log.ForgetWal(plan.forget).apply(state)
+        state = log_change.ForgetWal(plan.forget).apply(state)
     return state
 
 
@@ -176,13 +178,13 @@ def moments(ranges: list[tuple[Lsn, Lsn]], every: int = 50_000) -> set[int]:
     return {lsn for first, last in ranges for lsn in (*range(first, last, every), last)}
 
 
-def restorable_bases(state: log.BranchState) -> int:
+def restorable_bases(state: branch_state.BranchState) -> int:
     line = line_of(state, state.current_tli)
     usable = {
         one.id
         for run in runs_on(state, line, {})
         for one in usable_snapshots(state, line, run)
-        if one.kind == log.BASE
+        if one.kind == branch_state.BASE
     }
     return len(usable)
 

@@ -11,19 +11,9 @@ from timeline.catalog.history import History
 from timeline.catalog.meta import create_store
 from timeline.clock import POSTGRES_EPOCH_MICROS, Micros
 from timeline.format import keys
+from timeline.format.branch_state import BranchState, Gap, Incarnation, SealedRange, Snapshot, Tli
 from timeline.format.chunk import ChunkHeader, encode_chunk
-from timeline.format.log import (
-    AddSnapshot,
-    Begin,
-    BranchState,
-    Gap,
-    Incarnation,
-    RecordGap,
-    SealedRange,
-    Snapshot,
-    SwitchTli,
-    Tli,
-)
+from timeline.format.log_change import AddSnapshot, Begin, RecordGap, SwitchTli
 from timeline.format.manifest import ManifestRef
 from timeline.format.wal_index import Coverage, EventKind, WalEvent, WalIndex
 from timeline.lsn import Lsn

@@ -22,22 +22,12 @@ from timeline.catalog.branch_log import BranchLog, LogHead, read_head
 from timeline.catalog.meta import create_store
 from timeline.errors import LogConflict, MissingObject, NotFound, Superseded, Unavailable
 from timeline.format import keys, log
+from timeline.format.branch_state import BASE, BUILT, BackupProgress, BranchState, SealedRange, Snapshot, Tli
 from timeline.format.chunk import ChunkHeader, encode_chunk
 from timeline.format.extent import ExtentRef
 from timeline.format.file_listing import write_file_listing
-from timeline.format.log import (
-    BASE,
-    BUILT,
-    AddSnapshot,
-    BackupProgress,
-    Begin,
-    BranchState,
-    DropSnapshots,
-    SealedRange,
-    Snapshot,
-    Tli,
-    decode_entry,
-)
+from timeline.format.log import decode_entry
+from timeline.format.log_change import AddSnapshot, Begin, DropSnapshots
 from timeline.format.manifest import FileRow, ManifestRef, PageRow
 from timeline.format.pack import NONCE_BYTES
 from timeline.format.page_manifest import read_page_rows, write_page_manifest

@@ -19,9 +19,10 @@ from timeline.archive.extent_writer import create_named
 from timeline.catalog.branch_log import BranchLog
 from timeline.clock import Clock
 from timeline.format import keys
+from timeline.format.branch_state import BASE, Snapshot
 from timeline.format.extent import GROUP_BLOCKS, GROUP_BYTES, ExtentRef
 from timeline.format.file_listing import write_file_listing
-from timeline.format.log import BASE, AddSnapshot, Snapshot
+from timeline.format.log_change import AddSnapshot
 from timeline.format.manifest import ManifestRef, PageRow
 from timeline.format.page_manifest import write_page_manifests
 from timeline.store.base import Store

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from timeline.format import log
+from timeline.format import branch_state, log, log_change
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS, ExtentRef
 from timeline.format.manifest import FileRow, ManifestRef, PageRow, WalFrame
 from timeline.format.mark import Garbage, MarkObject, VoidChunks, VoidEntries
@@ -66,7 +66,7 @@ metas = st.builds(
 )
 
 incarnations = st.builds(
-    log.Incarnation,
+    branch_state.Incarnation,
     system_identifier=st.integers(0, (1 << 64) - 1),
     major=counts,
     version_num=counts,
@@ -84,7 +84,7 @@ incarnations = st.builds(
     to_lsn=st.none() | lsns,
 )
 tli_values = st.builds(
-    log.Tli,
+    branch_state.Tli,
     tli=tlis,
     parent=st.none() | tlis,
     start=lsns,
@@ -93,7 +93,7 @@ tli_values = st.builds(
     history=st.none() | names,
 )
 sealed_ranges = st.builds(
-    log.SealedRange,
+    branch_state.SealedRange,
     tli=tlis,
     start=lsns,
     end=lsns,
@@ -103,9 +103,9 @@ sealed_ranges = st.builds(
     commits=counts,
 )
 snapshots = st.builds(
-    log.Snapshot,
+    branch_state.Snapshot,
     id=names,
-    kind=st.sampled_from([log.BASE, log.BUILT]),
+    kind=st.sampled_from([branch_state.BASE, branch_state.BUILT]),
     tli=tlis,
     lsn=lsns,
     checkpoint=lsns,
@@ -115,19 +115,21 @@ snapshots = st.builds(
     pages=_some(manifest_refs),
     boot=st.none() | manifest_refs,
     backup_label=st.none() | names,
-    tablespaces=_some(st.builds(log.Tablespace, oid=u32, source_path=names)),
-    settings=_some(st.builds(log.Setting, name=names, value=names)),
+    tablespaces=_some(st.builds(branch_state.Tablespace, oid=u32, source_path=names)),
+    settings=_some(st.builds(branch_state.Setting, name=names, value=names)),
     parent=st.none() | names,
     bytes=counts,
     checksum_failures=counts,
 )
-gaps = st.builds(log.Gap, tli=tlis, start=lsns, end=lsns, reason=names)
-progresses = st.builds(log.BackupProgress, id=names, manifests=_some(manifest_refs), bytes=counts, at=micros)
+gaps = st.builds(branch_state.Gap, tli=tlis, start=lsns, end=lsns, reason=names)
+progresses = st.builds(
+    branch_state.BackupProgress, id=names, manifests=_some(manifest_refs), bytes=counts, at=micros
+)
 
 numbers = st.none() | counts
 collections = st.builds(
-    log.Collection,
-    mark=st.none() | st.builds(log.OpenMark, id=names, head=counts, at=micros),
+    branch_state.Collection,
+    mark=st.none() | st.builds(branch_state.OpenMark, id=names, head=counts, at=micros),
     collected=counts,
     last=st.none() | names,
 )
@@ -153,10 +155,10 @@ marks = st.builds(
 )
 
 
-def states(branch: str) -> st.SearchStrategy[log.BranchState]:
+def states(branch: str) -> st.SearchStrategy[branch_state.BranchState]:
     """States of that branch; not necessarily ones that changes could lead to."""
     return st.builds(
-        log.BranchState,
+        branch_state.BranchState,
         branch=st.just(branch),
         epoch=counts,
         incarnations=_some(incarnations),
@@ -171,20 +173,22 @@ def states(branch: str) -> st.SearchStrategy[log.BranchState]:
     )
 
 
-changes: st.SearchStrategy[log.Change] = st.one_of(
-    st.builds(log.ClaimEpoch, epoch=counts),
-    st.builds(log.Begin, incarnation=incarnations, tli=tli_values),
-    st.builds(log.SwitchTli, closed=tlis, end=lsns, opened=tli_values),
-    st.builds(log.Seal, sealed=sealed_ranges, coverage=st.none() | coverages, began=numbers),
-    st.builds(log.AddSnapshot, snapshot=snapshots, began=numbers),
-    st.builds(log.RecordProgress, progress=st.none() | progresses, began=numbers),
-    st.builds(log.Cover, coverage=coverages),
-    st.builds(log.RecordGap, gap=gaps),
-    st.builds(log.DropSnapshots, ids=_some(st.text(max_size=8), 2)),
-    st.builds(log.ForgetWal, ranges=_some(st.builds(log.Forgotten, tli=tlis, below=lsns, start=lsns))),
-    st.builds(log.MergeSealed, merged=sealed_ranges, began=numbers),
-    st.builds(log.Mark, id=names, head=counts, at=micros, after=st.none() | names),
-    st.builds(log.Collect, id=names),
+changes: st.SearchStrategy[log_change.Change] = st.one_of(
+    st.builds(log_change.ClaimEpoch, epoch=counts),
+    st.builds(log_change.Begin, incarnation=incarnations, tli=tli_values),
+    st.builds(log_change.SwitchTli, closed=tlis, end=lsns, opened=tli_values),
+    st.builds(log_change.Seal, sealed=sealed_ranges, coverage=st.none() | coverages, began=numbers),
+    st.builds(log_change.AddSnapshot, snapshot=snapshots, began=numbers),
+    st.builds(log_change.RecordProgress, progress=st.none() | progresses, began=numbers),
+    st.builds(log_change.Cover, coverage=coverages),
+    st.builds(log_change.RecordGap, gap=gaps),
+    st.builds(log_change.DropSnapshots, ids=_some(st.text(max_size=8), 2)),
+    st.builds(
+        log_change.ForgetWal, ranges=_some(st.builds(log_change.Forgotten, tli=tlis, below=lsns, start=lsns))
+    ),
+    st.builds(log_change.MergeSealed, merged=sealed_ranges, began=numbers),
+    st.builds(log_change.Mark, id=names, head=counts, at=micros, after=st.none() | names),
+    st.builds(log_change.Collect, id=names),
 )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.support.postgres import PostgresServer
-from timeline.format import keys, log
+from timeline.format import branch_state, keys, log, log_change
 from timeline.format.chunk import ChunkHeader, encode_chunk
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS, GROUP_BYTES, ExtentRef, encode_extent
 from timeline.format.file_listing import write_file_listing
@@ -59,7 +59,7 @@ class HandmadeStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.state = log.BranchState.empty("main")
+        self.state = branch_state.BranchState.empty("main")
         self._entries = 0
         self.put(keys.META, encode_meta(StoreMeta(STORE_ID, 1, (), (), None, MICROS)))
 
@@ -77,7 +77,7 @@ class HandmadeStore:
         [COL-2]."""
         return self._entries - 1
 
-    def append(self, change: log.Change, *, with_state: bool = True) -> None:
+    def append(self, change: log_change.Change, *, with_state: bool = True) -> None:
         """Commit a change to branch main."""
         self.state = change.apply(self.state)
         number = self._entries
@@ -114,7 +114,7 @@ class HandmadeStore:
         self.put(keys.pack(pack_id), data)
         return pack_id
 
-    def add_files(self, directory: Path, snapshot: log.Snapshot) -> log.Snapshot:
+    def add_files(self, directory: Path, snapshot: branch_state.Snapshot) -> branch_state.Snapshot:
         """The files of a data directory in one pack: the snapshot that lists them, not yet in the log.
 
         Blocks of zeros at the end of a group are left out, for a reader must know what that means [PAG-3].
@@ -196,7 +196,7 @@ class HandmadeStore:
         )
         times = [int(time) for *_, found in frames for time in found.commits["time"]]
         events = [event.kind for *_, found in frames for event in found.events]
-        sealed = log.SealedRange(
+        sealed = branch_state.SealedRange(
             tli=run.tli,
             start=run.start,
             end=run.end,
@@ -206,9 +206,9 @@ class HandmadeStore:
             commits=len(times),
             restore_points=events.count(EventKind.RESTORE_POINT),
         )
-        self.append(log.Seal(sealed, None, began))
+        self.append(log_change.Seal(sealed, None, began))
 
-    def merge(self, parts: Sequence[log.SealedRange]) -> None:
+    def merge(self, parts: Sequence[branch_state.SealedRange]) -> None:
         """Adjoining sealed ranges as one, committed; their own manifests stay, and nobody names them."""
         began = self.head
         manifest = MergedManifest()
@@ -219,7 +219,7 @@ class HandmadeStore:
                 stored = data[group.offset : group.offset + group.length]
                 manifest.add(footer.table(group.number, stored))
         ref = self.put_manifest(manifest.finish(nonce()))
-        self.append(log.MergeSealed(log.merge_ranges(parts, ref), began), with_state=False)
+        self.append(log_change.MergeSealed(log_change.merge_ranges(parts, ref), began), with_state=False)
 
 
 class Indexer:

@@ -19,7 +19,7 @@ from restore.overlay import Overlay
 from tests.support.plain_snapshot import store_directory
 from tests.support.postgres import PostgresServer, scratch
 from timeline.clock import SystemClock
-from timeline.format.log import Snapshot
+from timeline.format.branch_state import Snapshot
 from timeline.store.open import open_store
 
 SETTINGS = """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from restore.plan import BranchPlan, WalSpan, make_plan
 from tests.support.postgres import PostgresServer
-from timeline.format.log import Incarnation, Setting, Snapshot, Tli
+from timeline.format.branch_state import Incarnation, Setting, Snapshot, Tli
 from timeline.format.manifest import ManifestRef
 from timeline.format.wal_index import EventKind, WalEvent
 from timeline.lsn import Lsn

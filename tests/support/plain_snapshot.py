@@ -8,9 +8,9 @@ from pathlib import Path
 
 from timeline.clock import Clock
 from timeline.format import keys
+from timeline.format.branch_state import Snapshot
 from timeline.format.extent import GROUP_BYTES, ExtentRef, encode_extent
 from timeline.format.file_listing import write_file_listing
-from timeline.format.log import Snapshot
 from timeline.format.manifest import FileRow, ManifestRef, PageRow
 from timeline.format.pack import EXTENTS, PackBuilder
 from timeline.format.page_manifest import write_page_manifest

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from tests.support.archived_wal import FIRST, Archive
 from timeline.format import keys
+from timeline.format.branch_state import BUILT, Snapshot
 from timeline.format.extent import ExtentRef, encode_extent
 from timeline.format.file_listing import write_file_listing
-from timeline.format.log import BUILT, AddSnapshot, Snapshot
+from timeline.format.log_change import AddSnapshot
 from timeline.format.manifest import FileRow, ManifestRef, PageRow
 from timeline.format.pack import EXTENTS, PackBuilder
 from timeline.format.page_manifest import write_page_manifest

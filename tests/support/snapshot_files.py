@@ -12,9 +12,10 @@ from timeline.catalog.branch_log import BranchLog
 from timeline.catalog.meta import create_store
 from timeline.clock import Clock
 from timeline.format import keys
+from timeline.format.branch_state import Incarnation, Snapshot, Tli
 from timeline.format.extent import BLOCK_BYTES, GROUP_BYTES, decode_extent
 from timeline.format.file_listing import FileListing, read_file_listing
-from timeline.format.log import Begin, Incarnation, Snapshot, Tli
+from timeline.format.log_change import Begin
 from timeline.format.manifest import ManifestRef, PageRow
 from timeline.format.page_manifest import read_page_rows
 from timeline.lsn import Lsn

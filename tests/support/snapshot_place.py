@@ -16,7 +16,7 @@ from tests.support.redo_points import differing_pages
 from tests.support.restored import stock_recovery
 from tests.support.tl_host import Host, make_host
 from timeline.catalog.branch_log import read_head
-from timeline.format.log import BUILT, BranchState, Snapshot
+from timeline.format.branch_state import BUILT, BranchState, Snapshot
 from timeline.store.open import open_store
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from timeline.archive.extent_writer import ExtentWriter
 from timeline.catalog.branch_log import BranchLog, LogHead
-from timeline.format.log import AddSnapshot, BackupProgress, RecordProgress, Snapshot
+from timeline.format.branch_state import BackupProgress, Snapshot
+from timeline.format.log_change import AddSnapshot, RecordProgress
 
 
 class BackupCommits:

@@ -12,7 +12,7 @@ from typing import LiteralString
 from timeline.archive.boot_set import MAX_DATABASES
 from timeline.archive.source import Source
 from timeline.clock import Micros
-from timeline.format.log import Setting
+from timeline.format.branch_state import Setting
 
 NEEDED_SETTINGS = (
     "DateStyle",

@@ -45,15 +45,9 @@ from timeline.catalog.meta import read_meta
 from timeline.clock import Clock
 from timeline.errors import CheckFailed, Superseded, Unavailable, UsageError
 from timeline.format import keys
+from timeline.format.branch_state import BASE, BackupProgress, BranchState, Snapshot, Tablespace
 from timeline.format.extent import ExtentRef
 from timeline.format.file_listing import read_file_listing, write_file_listing
-from timeline.format.log import (
-    BASE,
-    BackupProgress,
-    BranchState,
-    Snapshot,
-    Tablespace,
-)
 from timeline.format.manifest import ManifestRef, PageRow
 from timeline.format.pack import NONCE_BYTES
 from timeline.format.page_manifest import read_page_rows

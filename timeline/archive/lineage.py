@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from timeline.errors import SplitBrain, UsageError
-from timeline.format.log import BranchState, Tli
+from timeline.format.branch_state import BranchState, Tli
 from timeline.lsn import Lsn
 from timeline.pg.segment import HistoryRow, format_history, lineage, tli_of
 

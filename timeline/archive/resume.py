@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from timeline.archive.indexer import WalIndexer
 from timeline.catalog.tail import Tail, TailChunk, find_tail, read_chunk, read_index
 from timeline.format import keys
-from timeline.format.log import BranchState, SealedRange
+from timeline.format.branch_state import BranchState, SealedRange
 from timeline.format.manifest import WalFrame
 from timeline.format.wal_frame import decode_wal_frame
 from timeline.lsn import Lsn

@@ -33,7 +33,8 @@ from timeline.archive.watch import Watch
 from timeline.catalog.branch_log import LogHead
 from timeline.catalog.tail import find_tail
 from timeline.errors import Fenced, Unavailable, UsageError
-from timeline.format.log import Begin, BranchState, Gap, RecordGap, SwitchTli, Tli
+from timeline.format.branch_state import BranchState, Gap, Tli
+from timeline.format.log_change import Begin, RecordGap, SwitchTli
 from timeline.lsn import Lsn
 from timeline.pg.segment import HistoryRow, parse_history, segment_start
 

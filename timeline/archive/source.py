@@ -13,7 +13,7 @@ from timeline.archive.connect import SqlConnection, connect_sql, sql_error
 from timeline.archive.slot import SlotStatus, read_slot
 from timeline.clock import Micros
 from timeline.errors import UsageError
-from timeline.format.log import Incarnation
+from timeline.format.branch_state import Incarnation
 from timeline.lsn import Lsn
 
 OLDEST_MAJOR = 14

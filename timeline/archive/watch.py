@@ -20,7 +20,7 @@ from timeline.archive.source import Source, SourceProbe, is_synchronous
 from timeline.archive.status import Phase
 from timeline.archive.stream import TliStream
 from timeline.errors import Fenced, TimelineError, Unavailable
-from timeline.format.log import Cover
+from timeline.format.log_change import Cover
 from timeline.format.wal_index import Coverage
 
 TICK_SECONDS = 1.0

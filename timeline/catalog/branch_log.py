@@ -23,15 +23,9 @@ from timeline.catalog.parallel import in_parallel
 from timeline.clock import Clock
 from timeline.errors import DamagedStore, Fenced, LogConflict, MissingObject, NotFound, Unavailable
 from timeline.format import keys
-from timeline.format.log import (
-    STATE_EVERY,
-    BranchState,
-    Change,
-    ClaimEpoch,
-    LogEntry,
-    decode_entry,
-    encode_entry,
-)
+from timeline.format.branch_state import BranchState
+from timeline.format.log import STATE_EVERY, LogEntry, decode_entry, encode_entry
+from timeline.format.log_change import Change, ClaimEpoch
 from timeline.store.base import Store
 
 ATTEMPTS = 24

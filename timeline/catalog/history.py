@@ -33,7 +33,7 @@ from timeline.catalog.wal_reader import WalBytes, WalPiece, plan_pieces, read_pi
 from timeline.catalog.when import Latest, When
 from timeline.clock import Clock, Micros
 from timeline.errors import DamagedStore, MissingObject, NotFound, TargetUnreachable, Unavailable, UsageError
-from timeline.format.log import BranchState
+from timeline.format.branch_state import BranchState
 from timeline.format.meta import StoreMeta
 from timeline.ids import MAIN
 from timeline.lsn import Lsn

@@ -20,7 +20,7 @@ from timeline.catalog.parallel import in_parallel
 from timeline.catalog.tail import TailChunk, read_index
 from timeline.errors import DamagedStore
 from timeline.format import keys
-from timeline.format.log import SealedRange
+from timeline.format.branch_state import SealedRange
 from timeline.format.manifest import WalFrame
 from timeline.format.wal_index import CommitArray, WalEvent, no_touches
 from timeline.lsn import Lsn

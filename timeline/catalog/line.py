@@ -13,7 +13,7 @@ from typing import Protocol
 
 from timeline.catalog.tail import Tail, TailChunk
 from timeline.errors import UsageError
-from timeline.format.log import BUILT, BranchState, Incarnation, SealedRange, Snapshot
+from timeline.format.branch_state import BUILT, BranchState, Incarnation, SealedRange, Snapshot
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
 from timeline.pg.redo_point import first_page

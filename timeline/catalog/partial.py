@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from timeline.format import keys
-from timeline.format.log import BranchState, Snapshot
+from timeline.format.branch_state import BranchState, Snapshot
 from timeline.store.base import Store
 
 _TOLD = 3

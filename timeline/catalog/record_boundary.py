@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from timeline.lsn import Lsn
+from timeline.pg.record_walk import walk
 from timeline.pg.wal import RecordKind, WalScanner
 
 _PAGE_BYTES = 8192
@@ -38,6 +39,9 @@ def find_boundary(
     WalFormatError.
     """
     view = memoryview(wal)
+    walked = walk(view, start, at, segment_bytes=segment_bytes)
+    if walked is not None:
+        return Boundary(walked.end, walked.begun if walked.begun < at else walked.last_record)
     scanner = WalScanner(segment_bytes, tli, start, major=major)
     last = scanner.feed(view[: at - start]).last_record
     begun = scanner.pending

@@ -42,7 +42,7 @@ from timeline.catalog.when import (
 )
 from timeline.clock import Micros
 from timeline.errors import TargetUnreachable, UsageError
-from timeline.format.log import BASE, BranchState, Snapshot
+from timeline.format.branch_state import BASE, BranchState, Snapshot
 from timeline.format.wal_index import CommitKind, Coverage, EventKind, WalEvent
 from timeline.lsn import Lsn
 

@@ -21,7 +21,7 @@ from timeline.catalog.parallel import in_order
 from timeline.catalog.record_boundary import Boundary, find_boundary
 from timeline.catalog.tail import TailChunk
 from timeline.errors import TargetUnreachable
-from timeline.format.log import BranchState
+from timeline.format.branch_state import BranchState
 from timeline.lsn import Lsn
 from timeline.pg.wal_patch import previous_record
 

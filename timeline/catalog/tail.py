@@ -18,6 +18,7 @@ from timeline.catalog.parallel import in_parallel
 from timeline.clock import Micros
 from timeline.errors import DamagedStore
 from timeline.format import keys
+from timeline.format.branch_state import BranchState
 from timeline.format.chunk import (
     HEADER_READ_BYTES,
     Chunk,
@@ -29,7 +30,6 @@ from timeline.format.chunk import (
     decode_layout,
     decode_packed,
 )
-from timeline.format.log import BranchState
 from timeline.format.wal_index import Coverage, WalIndex
 from timeline.lsn import Lsn
 from timeline.store.base import Listed, Store

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from timeline.catalog.line import Span
 from timeline.clock import Micros
-from timeline.format.log import Snapshot
+from timeline.format.branch_state import Snapshot
 from timeline.format.wal_index import WalEvent
 from timeline.lsn import Lsn
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from timeline.clock import Micros
 from timeline.errors import DamagedStore
 from timeline.format import keys
-from timeline.format.log import SealedRange, Snapshot
+from timeline.format.branch_state import SealedRange, Snapshot
 from timeline.format.sealed_value import decode_value, encode_value
 
 PIN_ID_BYTES = 16

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from timeline.clock import Micros
 from timeline.errors import DamagedStore
@@ -179,6 +178,9 @@ def open_wal_manifest(data: bytes | memoryview, ref: ManifestRef) -> WalManifest
 
 def _bounds(rows: Any) -> tuple[int | None, ...]:
     """As ``WalGroup``, from ``start`` on."""
+    # Late: its import takes a tenth of a second, and who reads does without.
+    import pyarrow.compute as pc
+
     # Not as datetimes: they would lose what lies outside the years 1 to 9999.
     earliest = pc.min(rows.column("min_commit_time").cast(pa.int64())).as_py()
     latest = pc.max(rows.column("max_commit_time").cast(pa.int64())).as_py()

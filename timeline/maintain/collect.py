@@ -24,7 +24,8 @@ from timeline.catalog.pins import read_pins
 from timeline.clock import Clock, Micros
 from timeline.errors import DamagedStore, LogConflict, MissingObject, NotFound, Unavailable
 from timeline.format import keys
-from timeline.format.log import Collect, Mark, OpenMark
+from timeline.format.branch_state import OpenMark
+from timeline.format.log_change import Collect, Mark
 from timeline.format.mark import MARK_ID_BYTES, MarkObject, decode_mark, encode_mark
 from timeline.maintain.garbage import (
     KINDS,

@@ -20,7 +20,8 @@ from timeline.catalog.pins import read_pins
 from timeline.clock import Clock
 from timeline.errors import MissingObject, NotFound, Unavailable, UsageError
 from timeline.format import keys
-from timeline.format.log import STATE_EVERY, BranchState
+from timeline.format.branch_state import BranchState
+from timeline.format.log import STATE_EVERY
 from timeline.format.mark import MARK_KEYS, Garbage, VoidChunks, VoidEntries
 from timeline.lsn import Lsn
 from timeline.maintain.reach import Reach, named_in, reach_of

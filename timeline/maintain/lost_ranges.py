@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 from timeline.catalog.line import Line, incarnation_at, line_of, replay_start
-from timeline.format.log import BranchState
+from timeline.format.branch_state import BranchState
 from timeline.lsn import Lsn
 from timeline.maintain.verify_report import LsnRange
 

@@ -29,7 +29,8 @@ from timeline.catalog.parallel import in_order
 from timeline.clock import Clock
 from timeline.errors import DamagedStore, LogConflict, NotFound, Superseded, Unavailable
 from timeline.format import keys
-from timeline.format.log import BranchState, MergeSealed, SealedRange, merge_ranges
+from timeline.format.branch_state import BranchState, SealedRange
+from timeline.format.log_change import MergeSealed, merge_ranges
 from timeline.format.pack import NONCE_BYTES
 from timeline.store.base import Store
 

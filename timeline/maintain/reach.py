@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from timeline.catalog.parallel import in_order
 from timeline.errors import NotFound
 from timeline.format import keys
-from timeline.format.log import BackupProgress, SealedRange, Snapshot
+from timeline.format.branch_state import BackupProgress, SealedRange, Snapshot
 from timeline.format.manifest import ManifestRef
 from timeline.store.base import Store
 

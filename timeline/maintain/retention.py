@@ -29,7 +29,8 @@ from timeline.catalog.line import Line, Piece, Run, covers, incarnation_at, line
 from timeline.catalog.when import describe_time
 from timeline.clock import Clock, Micros
 from timeline.errors import LogConflict, Unavailable
-from timeline.format.log import BASE, BranchState, DropSnapshots, ForgetWal, Forgotten, SealedRange, Snapshot
+from timeline.format.branch_state import BASE, BranchState, SealedRange, Snapshot
+from timeline.format.log_change import DropSnapshots, ForgetWal, Forgotten
 from timeline.lsn import Lsn
 from timeline.maintain.thin import RULES, Rule, superfluous
 from timeline.pg.segment import segment_start

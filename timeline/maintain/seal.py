@@ -28,9 +28,10 @@ from timeline.catalog.tail import Tail, TailChunk, find_tail, read_packed
 from timeline.clock import Clock
 from timeline.errors import DamagedStore, LogConflict, NotFound, Superseded, Unavailable
 from timeline.format import keys, zstd_frame
+from timeline.format.branch_state import SealedRange
 from timeline.format.chunk import PackedChunk
 from timeline.format.digest import parse_digest
-from timeline.format.log import Seal, SealedRange
+from timeline.format.log_change import Seal
 from timeline.format.manifest import WalFrame
 from timeline.format.pack import NONCE_BYTES, WAL, PackBuilder
 from timeline.format.wal_frame import encode_wal_frame

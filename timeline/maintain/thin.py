@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from timeline.clock import Micros
-from timeline.format.log import BUILT, Snapshot
+from timeline.format.branch_state import BUILT, Snapshot
 
 _SECOND = 1_000_000
 _HOUR = 3600.0

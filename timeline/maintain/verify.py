@@ -24,7 +24,8 @@ from timeline.catalog.tail import TailChunk
 from timeline.clock import Clock
 from timeline.errors import DamagedStore, LogConflict, MissingObject, NotFound, Unavailable, UsageError
 from timeline.format import keys
-from timeline.format.log import STATE_EVERY, BranchState, LogEntry, decode_entry
+from timeline.format.branch_state import BranchState
+from timeline.format.log import STATE_EVERY, LogEntry, decode_entry
 from timeline.ids import MAIN
 from timeline.lsn import Lsn
 from timeline.maintain.lost_ranges import lost, restorable

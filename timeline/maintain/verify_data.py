@@ -20,9 +20,9 @@ from timeline.catalog.parallel import in_order
 from timeline.catalog.tail import TailChunk, read_chunk
 from timeline.clock import Clock
 from timeline.errors import DamagedStore, NotFound
+from timeline.format.branch_state import BranchState
 from timeline.format.digest import DIGEST_BYTES
 from timeline.format.extent import GROUP_BLOCKS, GROUP_BYTES
-from timeline.format.log import BranchState
 from timeline.format.parquet_file import PAGES, WAL
 from timeline.format.wal_frame import WAL_FRAME_MAX_BYTES
 from timeline.maintain.manifest_rules import PAGE_COLUMNS, PAGE_DICTIONARY

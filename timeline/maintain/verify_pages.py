@@ -13,8 +13,8 @@ import numpy.typing as npt
 from timeline.catalog.line import incarnation_at
 from timeline.errors import DamagedStore, NotFound
 from timeline.format import keys
+from timeline.format.branch_state import BASE, BranchState, Snapshot
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS
-from timeline.format.log import BASE, BranchState, Snapshot
 from timeline.format.manifest import ManifestRef
 from timeline.format.parquet_file import FILES, PAGES
 from timeline.maintain.manifest_rules import (

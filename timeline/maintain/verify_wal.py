@@ -20,8 +20,9 @@ from timeline.catalog.parallel import in_parallel
 from timeline.catalog.tail import TailChunk
 from timeline.errors import DamagedStore, NotFound
 from timeline.format import keys
+from timeline.format.branch_state import BUILT, BranchState, SealedRange, Tli
 from timeline.format.chunk import HEADER_READ_BYTES, decode_layout
-from timeline.format.log import BUILT, BranchState, SealedRange, Tli, needed_wal
+from timeline.format.needed_wal import needed_wal
 from timeline.format.parquet_file import WAL
 from timeline.format.wal_frame import WAL_FRAME_MAX_BYTES
 from timeline.lsn import Lsn

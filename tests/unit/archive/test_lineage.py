@@ -6,7 +6,7 @@ import pytest
 
 from timeline.archive.lineage import check_history, derive_history, find_ancestor, first_tli, opened_tli
 from timeline.errors import SplitBrain, UsageError
-from timeline.format.log import BranchState, Tli
+from timeline.format.branch_state import BranchState, Tli
 from timeline.lsn import Lsn
 from timeline.pg.segment import HistoryRow, parse_history
 

@@ -13,7 +13,8 @@ from tests.support.manual_clock import ManualClock
 from timeline.catalog.branch_log import ATTEMPTS, BranchLog, LogHead, read_head
 from timeline.errors import DamagedStore, Fenced, LogConflict, MissingObject, Unavailable
 from timeline.format import keys
-from timeline.format.log import Begin, ClaimEpoch, Cover, Gap, RecordGap, RecordProgress, Tli
+from timeline.format.branch_state import Gap, Tli
+from timeline.format.log_change import Begin, ClaimEpoch, Cover, RecordGap, RecordProgress
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
 from timeline.store.faulty import Call, FaultyStore

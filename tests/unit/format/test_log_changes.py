@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 from timeline.errors import DamagedStore, LogConflict, UnknownFeature
-from timeline.format import keys, log, sealed_json
+from timeline.format import branch_state, keys, log, log_change, sealed_json
 from timeline.format.manifest import ManifestRef
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
 
 REF = ManifestRef("ab" * 32, 100, 1, 50, "cd" * 32)
-INCARNATION = log.Incarnation(
+INCARNATION = branch_state.Incarnation(
     7,
     15,
     150018,
@@ -30,57 +30,59 @@ INCARNATION = log.Incarnation(
     Lsn(100),
     None,
 )
-TLI = log.Tli(1, None, Lsn(100), Lsn(100), None, None)
-SNAPSHOT = log.Snapshot(
-    "s1", log.BASE, 1, Lsn(110), Lsn(115), Lsn(130), 5, REF, (REF,), None, "LABEL", (), (), None, 1
+TLI = branch_state.Tli(1, None, Lsn(100), Lsn(100), None, None)
+SNAPSHOT = branch_state.Snapshot(
+    "s1", branch_state.BASE, 1, Lsn(110), Lsn(115), Lsn(130), 5, REF, (REF,), None, "LABEL", (), (), None, 1
 )
 
 
-def begun() -> log.BranchState:
-    return log.Begin(INCARNATION, TLI).apply(log.BranchState.empty("main"))
+def begun() -> branch_state.BranchState:
+    return log_change.Begin(INCARNATION, TLI).apply(branch_state.BranchState.empty("main"))
 
 
-def seal(start: int, end: int, tli: int = 1) -> log.Seal:
-    return log.Seal(log.SealedRange(tli, Lsn(start), Lsn(end), REF, None, None, 0), None)
+def seal(start: int, end: int, tli: int = 1) -> log_change.Seal:
+    return log_change.Seal(branch_state.SealedRange(tli, Lsn(start), Lsn(end), REF, None, None, 0), None)
 
 
 def test_dropped_snapshots_are_gone_and_must_have_been_there() -> None:
-    state = log.AddSnapshot(SNAPSHOT).apply(begun())
-    assert log.DropSnapshots((SNAPSHOT.id,)).apply(state).snapshots == ()
+    state = log_change.AddSnapshot(SNAPSHOT).apply(begun())
+    assert log_change.DropSnapshots((SNAPSHOT.id,)).apply(state).snapshots == ()
     with pytest.raises(LogConflict):
-        log.DropSnapshots(("other",)).apply(state)
+        log_change.DropSnapshots(("other",)).apply(state)
 
 
-def gap(start: int, end: int, tli: int = 1) -> log.RecordGap:
-    return log.RecordGap(log.Gap(tli, Lsn(start), Lsn(end), "slot lost"))
+def gap(start: int, end: int, tli: int = 1) -> log_change.RecordGap:
+    return log_change.RecordGap(branch_state.Gap(tli, Lsn(start), Lsn(end), "slot lost"))
 
 
-def switch(closed: int, end: int, opened: int) -> log.SwitchTli:
-    return log.SwitchTli(closed, Lsn(end), log.Tli(opened, closed, Lsn(end), Lsn(end), None, "1\t0/1\tx\n"))
+def switch(closed: int, end: int, opened: int) -> log_change.SwitchTli:
+    return log_change.SwitchTli(
+        closed, Lsn(end), branch_state.Tli(opened, closed, Lsn(end), Lsn(end), None, "1\t0/1\tx\n")
+    )
 
 
 def test_begin() -> None:
     state = begun()
     assert (state.current_tli, state.tlis, state.incarnations) == (1, (TLI,), (INCARNATION,))
     with pytest.raises(LogConflict, match="tli 1 is in the branch already"):
-        log.Begin(INCARNATION, TLI).apply(state)
+        log_change.Begin(INCARNATION, TLI).apply(state)
 
 
 def test_begin_ends_the_incarnation_before() -> None:
     """EDGE 34: a major upgrade goes on in the same branch."""
     upgraded = replace(INCARNATION, major=18, system_identifier=8, from_lsn=Lsn(500))
-    state = log.Begin(upgraded, replace(TLI, tli=2, start=Lsn(500), sealed=Lsn(500))).apply(begun())
+    state = log_change.Begin(upgraded, replace(TLI, tli=2, start=Lsn(500), sealed=Lsn(500))).apply(begun())
     assert [known.to_lsn for known in state.incarnations] == [Lsn(500), None]
     assert state.current_tli == 2
 
 
 def test_claim_epoch() -> None:
     """P4: epochs go up by one, so two claims of one epoch cannot both be written."""
-    state = log.ClaimEpoch(1).apply(begun())
+    state = log_change.ClaimEpoch(1).apply(begun())
     assert state.epoch == 1
     for epoch in (0, 1, 3):
         with pytest.raises(LogConflict):
-            log.ClaimEpoch(epoch).apply(state)
+            log_change.ClaimEpoch(epoch).apply(state)
 
 
 def test_switch_tli() -> None:
@@ -92,7 +94,7 @@ def test_switch_tli() -> None:
         with pytest.raises(LogConflict):
             change.apply(state)
     with pytest.raises(LogConflict, match="forks from 2"):
-        log.SwitchTli(1, Lsn(200), log.Tli(5, 2, Lsn(200), Lsn(200), None, None)).apply(state)
+        log_change.SwitchTli(1, Lsn(200), branch_state.Tli(5, 2, Lsn(200), Lsn(200), None, None)).apply(state)
 
 
 def test_second_fork_leaves_the_first_end() -> None:
@@ -136,37 +138,37 @@ def test_gap() -> None:
 
 
 def test_add_snapshot() -> None:
-    progress = log.RecordProgress(log.BackupProgress("p", (REF,), 5, 6))
-    state = log.AddSnapshot(SNAPSHOT).apply(progress.apply(begun()))
+    progress = log_change.RecordProgress(branch_state.BackupProgress("p", (REF,), 5, 6))
+    state = log_change.AddSnapshot(SNAPSHOT).apply(progress.apply(begun()))
     assert (state.snapshots, state.progress) == ((SNAPSHOT,), None)
     for bad in (
         SNAPSHOT,
         replace(SNAPSHOT, id="s2", tli=2),
         replace(SNAPSHOT, id="s2", end=Lsn(109)),
         replace(SNAPSHOT, id="s2", backup_label=None),
-        replace(SNAPSHOT, id="s2", kind=log.BUILT),
+        replace(SNAPSHOT, id="s2", kind=branch_state.BUILT),
         replace(SNAPSHOT, id="s2", kind="full"),
     ):
         with pytest.raises(LogConflict):
-            log.AddSnapshot(bad).apply(state)
+            log_change.AddSnapshot(bad).apply(state)
 
 
 def test_coverage_never_goes_back() -> None:
     """[COV-1]"""
     newer, older = Coverage(1, Lsn(150), 20), Coverage(1, Lsn(160), 10)
-    state = log.Cover(newer).apply(begun())
-    assert log.Cover(older).apply(state).coverage == newer
+    state = log_change.Cover(newer).apply(begun())
+    assert log_change.Cover(older).apply(state).coverage == newer
     assert replace(seal(100, 150), coverage=older).apply(state).coverage == newer
-    assert log.Cover(Coverage(1, Lsn(151), 20)).apply(state).coverage == Coverage(1, Lsn(151), 20)
+    assert log_change.Cover(Coverage(1, Lsn(151), 20)).apply(state).coverage == Coverage(1, Lsn(151), 20)
     with pytest.raises(LogConflict):
-        log.Cover(replace(newer, tli=3)).apply(state)
+        log_change.Cover(replace(newer, tli=3)).apply(state)
 
 
-def entry(number: int, state: log.BranchState | None) -> log.LogEntry:
-    return log.LogEntry(number, "main", "w", "n", 1, 5, log.ClaimEpoch(1), state)
+def entry(number: int, state: branch_state.BranchState | None) -> log.LogEntry:
+    return log.LogEntry(number, "main", "w", "n", 1, 5, log_change.ClaimEpoch(1), state)
 
 
-def large_state() -> log.BranchState:
+def large_state() -> branch_state.BranchState:
     state = begun()
     for at in range(100, 400):
         state = seal(at, at + 1).apply(state)
@@ -216,11 +218,13 @@ def test_unknown_members_are_ignored_and_missing_ones_are_damage() -> None:
         )
 
 
-def forget(*ranges: tuple[int, int, int]) -> log.ForgetWal:
-    return log.ForgetWal(tuple(log.Forgotten(tli, Lsn(below), Lsn(start)) for tli, start, below in ranges))
+def forget(*ranges: tuple[int, int, int]) -> log_change.ForgetWal:
+    return log_change.ForgetWal(
+        tuple(log_change.Forgotten(tli, Lsn(below), Lsn(start)) for tli, start, below in ranges)
+    )
 
 
-def sealed_state(*ends: int) -> log.BranchState:
+def sealed_state(*ends: int) -> branch_state.BranchState:
     state = begun()
     for start, end in zip((100, *ends), ends, strict=False):
         state = seal(start, end).apply(state)
@@ -251,19 +255,21 @@ def test_what_cannot_be_forgotten() -> None:
 MIB = 1 << 20
 
 
-def forked() -> log.BranchState:
+def forked() -> branch_state.BranchState:
     """tli 1 sealed MiB by MiB from 1 to 9 MiB, left for tli 2 at 6 MiB, that up to 8 MiB."""
-    first = log.Tli(1, None, Lsn(MIB), Lsn(MIB), None, None)
-    state = log.Begin(replace(INCARNATION, from_lsn=Lsn(MIB)), first).apply(log.BranchState.empty("main"))
+    first = branch_state.Tli(1, None, Lsn(MIB), Lsn(MIB), None, None)
+    state = log_change.Begin(replace(INCARNATION, from_lsn=Lsn(MIB)), first).apply(
+        branch_state.BranchState.empty("main")
+    )
     for number in range(1, 9):
         state = seal(number * MIB, (number + 1) * MIB).apply(state)
     state = switch(1, 6 * MIB, 2).apply(state)
     return seal(7 * MIB, 8 * MIB, 2).apply(seal(6 * MIB, 7 * MIB, 2).apply(state))
 
 
-def with_snapshot(state: log.BranchState, tli: int, lsn: int, end: int) -> log.BranchState:
+def with_snapshot(state: branch_state.BranchState, tli: int, lsn: int, end: int) -> branch_state.BranchState:
     added = replace(SNAPSHOT, id=f"{tli}-{lsn}", tli=tli, lsn=Lsn(lsn), checkpoint=Lsn(lsn), end=Lsn(end))
-    return log.AddSnapshot(added).apply(state)
+    return log_change.AddSnapshot(added).apply(state)
 
 
 def test_wal_that_a_snapshot_needs_stays() -> None:
@@ -293,15 +299,15 @@ def test_a_segment_that_began_on_the_parent_is_needed_there() -> None:
     assert len(forget((1, 0, 4 * MIB)).apply(state).sealed) == 7
 
 
-def merged(state: log.BranchState, first: int, last: int) -> log.SealedRange:
+def merged(state: branch_state.BranchState, first: int, last: int) -> branch_state.SealedRange:
     parts = state.sealed[first:last]
-    return log.merge_ranges(parts, replace(REF, rows=sum(part.manifest.rows for part in parts)))
+    return log_change.merge_ranges(parts, replace(REF, rows=sum(part.manifest.rows for part in parts)))
 
 
 def test_merged_ranges_stand_for_what_they_were() -> None:
     state = sealed_state(200, 300, 400, 500)
     one = merged(state, 1, 3)
-    after = log.MergeSealed(one).apply(state)
+    after = log_change.MergeSealed(one).apply(state)
     assert [(part.start, part.end) for part in after.sealed] == [(100, 200), (200, 400), (400, 500)]
     assert after.sealed[1].manifest.rows == 2
     assert after.tlis == state.tlis
@@ -320,15 +326,15 @@ def test_what_cannot_be_merged() -> None:
         replace(whole, max_commit_time=7),
     ):
         with pytest.raises(LogConflict):
-            log.MergeSealed(wrong).apply(state)
-    done = log.MergeSealed(whole).apply(state)
+            log_change.MergeSealed(wrong).apply(state)
+    done = log_change.MergeSealed(whole).apply(state)
     with pytest.raises(LogConflict):
-        log.MergeSealed(whole).apply(done)
+        log_change.MergeSealed(whole).apply(done)
 
 
 def test_what_a_merge_names_may_have_been_collected() -> None:
     """[COL-2]."""
-    state = replace(sealed_state(200, 300), collection=log.Collection(collected=5))
+    state = replace(sealed_state(200, 300), collection=branch_state.Collection(collected=5))
     with pytest.raises(LogConflict, match="may be collected"):
-        log.MergeSealed(merged(state, 0, 2), 4).apply(state)
-    assert log.MergeSealed(merged(state, 0, 2), 5).apply(state).sealed[0].end == 300
+        log_change.MergeSealed(merged(state, 0, 2), 4).apply(state)
+    assert log_change.MergeSealed(merged(state, 0, 2), 5).apply(state).sealed[0].end == 300

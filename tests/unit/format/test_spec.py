@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from timeline.format import file_listing, log, manifest, mark, meta, pack, page_manifest, pin, wal_manifest
+from timeline.format import (
+    branch_state,
+    file_listing,
+    log,
+    log_change,
+    manifest,
+    mark,
+    meta,
+    pack,
+    page_manifest,
+    pin,
+    wal_manifest,
+)
 from timeline.format.chunk import ChunkHeader
 from timeline.format.wal_index import COMMIT_DTYPE, TOUCH_DTYPE, Coverage, EventKind, WalEvent
 from timeline.format.wal_index_codec import event_name
@@ -25,25 +37,25 @@ STORED = [
     WalEvent,
     Coverage,
     manifest.ManifestRef,
-    log.BranchState,
-    log.Incarnation,
-    log.Tli,
-    log.SealedRange,
-    log.Snapshot,
-    log.Tablespace,
-    log.Setting,
-    log.Gap,
-    log.BackupProgress,
-    log.OpenMark,
-    log.Collection,
-    log.Forgotten,
+    branch_state.BranchState,
+    branch_state.Incarnation,
+    branch_state.Tli,
+    branch_state.SealedRange,
+    branch_state.Snapshot,
+    branch_state.Tablespace,
+    branch_state.Setting,
+    branch_state.Gap,
+    branch_state.BackupProgress,
+    branch_state.OpenMark,
+    branch_state.Collection,
+    log_change.Forgotten,
     log.LogEntry,
     mark.MarkObject,
     mark.Garbage,
     mark.VoidChunks,
     mark.VoidEntries,
     pin.Pin,
-    *log.Change.__args__,
+    *log_change.Change.__args__,
 ]
 
 

@@ -12,18 +12,10 @@ from tests.support.manual_clock import ManualClock
 from tests.support.small_snapshot import put_snapshot
 from timeline.catalog.branch_log import BranchLog, read_head
 from timeline.errors import LogConflict, MissingObject, Superseded, Unavailable
-from timeline.format import keys, log
-from timeline.format.log import (
-    AddSnapshot,
-    BackupProgress,
-    Collect,
-    Collection,
-    DropSnapshots,
-    Mark,
-    OpenMark,
-    RecordProgress,
-    decode_entry,
-)
+from timeline.format import branch_state, keys, log, log_change
+from timeline.format.branch_state import BackupProgress, Collection, OpenMark
+from timeline.format.log import decode_entry
+from timeline.format.log_change import AddSnapshot, Collect, DropSnapshots, Mark, RecordProgress
 from timeline.format.pin import Pin, encode_pin
 from timeline.maintain import collect as collecting
 from timeline.maintain.collect import GRACE_SECONDS, Collected, Marked, collect, mark, unfinished
@@ -423,7 +415,7 @@ def test_entries_require_the_feature_from_the_first_mark_on() -> None:
 
 
 def test_changes_of_the_log() -> None:
-    state = log.BranchState.empty("main")
+    state = branch_state.BranchState.empty("main")
     with pytest.raises(LogConflict, match="not open"):
         Collect("a").apply(state)
     opened = Mark("a", 5, 7, None).apply(state)
@@ -434,6 +426,6 @@ def test_changes_of_the_log() -> None:
     assert done.collection == Collection(None, 6, "a")
     with pytest.raises(LogConflict, match="collected meanwhile"):
         Mark("b", 6, 8, None).apply(done)
-    log.check_began(done, 6)
+    log_change.check_began(done, 6)
     with pytest.raises(Superseded):
-        log.check_began(done, 5)
+        log_change.check_began(done, 5)

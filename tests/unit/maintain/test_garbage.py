@@ -11,8 +11,9 @@ from tests.support.archived_wal import FIRST, NOON, SECOND, Archive, Server
 from tests.support.small_snapshot import put_snapshot
 from timeline.catalog.meta import create_store
 from timeline.errors import DamagedStore, MissingObject, Unavailable, UsageError
-from timeline.format import keys, log
-from timeline.format.log import BackupProgress, DropSnapshots, RecordProgress, Seal, SealedRange
+from timeline.format import branch_state, keys, log
+from timeline.format.branch_state import BackupProgress, SealedRange
+from timeline.format.log_change import DropSnapshots, RecordProgress, Seal
 from timeline.format.manifest import ManifestRef
 from timeline.format.pin import PIN_MARGIN_MICROS, Pin, encode_pin
 from timeline.maintain import garbage
@@ -51,7 +52,7 @@ def amounts(found: Found) -> dict[str, int]:
 
 
 def pin_of(
-    archive: Archive, snapshot: log.Snapshot, *, until: int, sealed: tuple[SealedRange, ...] = ()
+    archive: Archive, snapshot: branch_state.Snapshot, *, until: int, sealed: tuple[SealedRange, ...] = ()
 ) -> Pin:
     return Pin(archive.clock.token(16), "main", snapshot, until, archive.clock.now(), "test", sealed)
 

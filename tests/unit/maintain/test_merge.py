@@ -15,7 +15,8 @@ from timeline.catalog.index_reader import read_frames
 from timeline.catalog.when import AtLsn, AtTime, BeforeRestorePoint, BeforeXid, Latest, When
 from timeline.errors import DamagedStore
 from timeline.format import keys, sealed_json, value_json
-from timeline.format.log import BranchState, MergeSealed, SealedRange, merge_ranges
+from timeline.format.branch_state import BranchState, SealedRange
+from timeline.format.log_change import MergeSealed, merge_ranges
 from timeline.lsn import Lsn
 from timeline.maintain import merge
 from timeline.maintain.merge import MOST_BYTES, MOST_ROWS, RUN, SPARED, due, merge_sealed

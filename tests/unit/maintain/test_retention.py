@@ -9,7 +9,7 @@ import pytest
 
 from tests.property.test_retention_model import Step, World, build, carry_out
 from tests.support.archived_wal import FIRST, Archive, Server
-from timeline.format import log
+from timeline.format import branch_state, log_change
 from timeline.maintain.retention import PROGRESS_SECONDS, RetentionPolicy, apply_retention, plan_retention
 
 HOUR = 3600 * 1_000_000
@@ -67,8 +67,8 @@ def test_minimum_numbers_are_never_violated() -> None:
 def test_a_base_backup_under_way_holds_everything() -> None:
     """EDGE 42: until it has told of nothing for a day."""
     world = two_bases()
-    progress = log.BackupProgress("p", (), 0, world.now)
-    state = log.RecordProgress(progress).apply(world.state)
+    progress = branch_state.BackupProgress("p", (), 0, world.now)
+    state = log_change.RecordProgress(progress).apply(world.state)
     plan = plan_retention(state, NOW_ONLY, world.now)
     assert (plan.snapshots, plan.forget) == ((), ())
     assert "under way" in plan.reasons[0]

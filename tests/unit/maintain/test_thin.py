@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.format.test_log_changes import SNAPSHOT
-from timeline.format.log import BASE, BUILT, Snapshot
+from timeline.format.branch_state import BASE, BUILT, Snapshot
 from timeline.lsn import Lsn
 from timeline.maintain.thin import superfluous
 

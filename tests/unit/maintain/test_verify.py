@@ -22,10 +22,12 @@ from timeline.catalog.tail import find_tail
 from timeline.clock import SystemClock
 from timeline.errors import Unavailable, UsageError
 from timeline.format import keys, zstd_frame
+from timeline.format.branch_state import Gap, Snapshot
 from timeline.format.chunk import decode_layout
 from timeline.format.digest import digest_of
 from timeline.format.extent import ExtentRef
-from timeline.format.log import AddSnapshot, Cover, Gap, LogEntry, RecordGap, Snapshot, encode_entry
+from timeline.format.log import LogEntry, encode_entry
+from timeline.format.log_change import AddSnapshot, Cover, RecordGap
 from timeline.format.manifest import ManifestRef, PageRow
 from timeline.format.pack import EXTENTS, PackBuilder
 from timeline.format.page_manifest import write_page_manifest

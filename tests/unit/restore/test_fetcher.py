@@ -21,9 +21,9 @@ from tests.support.plain_snapshot import store_directory
 from timeline.clock import SystemClock
 from timeline.errors import DamagedStore, MissingObject, NotFound, Unavailable
 from timeline.format import keys
+from timeline.format.branch_state import Snapshot
 from timeline.format.extent import GROUP_BYTES, ExtentRef, encode_extent
 from timeline.format.file_listing import read_file_listing
-from timeline.format.log import Snapshot
 from timeline.format.manifest import FileRow, PageRow
 from timeline.format.pack import EXTENTS, PackBuilder
 from timeline.format.page_manifest import write_page_manifest

@@ -25,9 +25,9 @@ from timeline.archive.extent_writer import UNKNOWN, ExtentWriter, Group
 from timeline.clock import SystemClock
 from timeline.errors import DamagedStore, Unavailable
 from timeline.format import keys, page_manifest
+from timeline.format.branch_state import Snapshot
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS, GROUP_BYTES, ExtentRef
 from timeline.format.file_listing import FileListing, read_file_listing, split, write_file_listing
-from timeline.format.log import Snapshot
 from timeline.format.manifest import FileRow, ManifestRef, PageRow
 from timeline.format.page_manifest import read_page_rows, write_page_manifest
 from timeline.lsn import Lsn

@@ -11,7 +11,8 @@ from tests.support.archived_wal import FIRST, NOON, Archive, Server
 from timeline.clock import Micros
 from timeline.errors import Unavailable
 from timeline.format import keys
-from timeline.format.log import DropSnapshots, Snapshot
+from timeline.format.branch_state import Snapshot
+from timeline.format.log_change import DropSnapshots
 from timeline.format.pin import Pin, decode_pin
 from timeline.store.base import Store
 from timeline.store.faulty import Call, FaultyStore

@@ -8,7 +8,7 @@ import pytest
 
 from restore.plan import BranchPlan, SegmentFile, WalSpan, bounds_as_of, make_plan
 from timeline.errors import TargetUnreachable, TimelineError
-from timeline.format.log import Incarnation, Snapshot, Tli
+from timeline.format.branch_state import Incarnation, Snapshot, Tli
 from timeline.format.manifest import ManifestRef
 from timeline.format.wal_index import EventKind, WalEvent
 from timeline.lsn import Lsn

@@ -13,7 +13,7 @@ from restore.settings import (
     format_conf,
     format_hba,
 )
-from timeline.format.log import Setting
+from timeline.format.branch_state import Setting
 from timeline.pg.control import Parameters
 
 BOUNDS = Parameters(
