@@ -13,10 +13,11 @@ import click
 
 from cli.config import Settings, source_option, store_options
 from cli.footprint import keep_small
-from cli.output import duration_text, emit_json, iso, note, on_terminal, say, size_text, warn
+from cli.output import duration_text, emit_json, iso, note, on_terminal, say, warn
 from cli.snapshot_schedule import DEFAULT_MIB, SnapshotSchedule
 from timeline.errors import TimelineError, Unavailable, UsageError
 from timeline.lsn import Lsn
+from timeline.size_text import size_text
 
 if TYPE_CHECKING:
     from cli.archiver_report import StatusWriter

@@ -13,19 +13,10 @@ from cli.branch_scripts import chosen_scripts, script_options
 from cli.config import Settings, source_option, store_options
 from cli.duration import Duration
 from cli.init import confirm
-from cli.output import (
-    duration_text,
-    emit_json,
-    iso,
-    local_time,
-    plain,
-    say,
-    size_text,
-    table,
-    warn,
-)
+from cli.output import duration_text, emit_json, iso, local_time, plain, say, table, warn
 from timeline.errors import UsageError
 from timeline.ids import MAIN
+from timeline.size_text import size_text
 
 if TYPE_CHECKING:
     from restore.branch import HostBranches

@@ -30,7 +30,7 @@ from cli.output import iso
 from cli.service_manager import ServiceManager
 from cli.supervise import ArchiverSupervisor
 from cli.tl_toml import Cluster
-from timeline.clock import Clock
+from timeline.clock import Clock, sleep_unless
 from timeline.errors import TimelineError, UsageError
 
 TICK_SECONDS = 0.5
@@ -139,7 +139,7 @@ class Daemon:
             try:
                 while not self._stop.is_set():
                     self._tick()
-                    await self._rest()
+                    await sleep_unless(self._clock, TICK_SECONDS, self._stop, self._reload)
             finally:
                 await self._drain()
         finally:
@@ -182,14 +182,6 @@ class Daemon:
         if is_needed() and self._clock.monotonic() - self._reaped_at >= PAUSE_SECONDS:
             self._reaped_at = self._clock.monotonic()
             self._reaper.look()
-
-    async def _rest(self) -> None:
-        events = [asyncio.ensure_future(event.wait()) for event in (self._stop, self._reload)]
-        sleeping = asyncio.ensure_future(self._clock.sleep(TICK_SECONDS))
-        await asyncio.wait((*events, sleeping), return_when=asyncio.FIRST_COMPLETED)
-        for task in (*events, sleeping):
-            task.cancel()
-        await asyncio.gather(*events, sleeping, return_exceptions=True)
 
     # Clusters.
 

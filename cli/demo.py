@@ -17,8 +17,9 @@ from typing import Any
 
 import click
 
-from cli.output import emit_json, note, say, size_text
+from cli.output import emit_json, note, say
 from timeline.errors import TimelineError, Unavailable
+from timeline.size_text import size_text
 
 ROWS = 1_500_000
 START_SECONDS = 30.0

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cli.executor import Outcome, Task
-from cli.output import size_text
 from cli.tl_toml import Cluster
 from timeline.errors import UsageError
+from timeline.size_text import size_text
 
 JOBS = ("snapshot", "verify", "gc", "drill")
 """Commands that find out from the store what is to be done, and may be run twice, or end anywhere."""

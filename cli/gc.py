@@ -12,8 +12,9 @@ import click
 
 from cli.config import Settings, store_options
 from cli.duration import Duration
-from cli.output import duration_text, emit_json, iso, local_time, note, on_terminal, say, size_text, warn
+from cli.output import duration_text, emit_json, iso, local_time, note, on_terminal, say, warn
 from timeline.ids import MAIN
+from timeline.size_text import size_text
 
 if TYPE_CHECKING:
     from cli.operations import RetentionPlan

@@ -32,15 +32,6 @@ def local_time(micros: Micros | None) -> str:
     return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S.%f %Z")
 
 
-def size_text(count: float) -> str:
-    """Bytes for people, in powers of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
-
-
 def duration_text(seconds: float) -> str:
     """A span of time for people."""
     if seconds < 90:

@@ -13,7 +13,8 @@ import click
 
 from cli.branch import local_zone, resolve_now
 from cli.config import Settings, source_option, store_options
-from cli.output import duration_text, emit_json, iso, local_time, on_terminal, plain, say, size_text, warn
+from cli.output import duration_text, emit_json, iso, local_time, on_terminal, plain, say, warn
+from timeline.size_text import size_text
 
 if TYPE_CHECKING:
     from restore.eager import Progress

@@ -13,9 +13,10 @@ import click
 
 from cli.config import Settings, store_options
 from cli.duration import Duration
-from cli.output import duration_text, emit_json, iso, say, size_text
+from cli.output import duration_text, emit_json, iso, say
 from timeline.errors import Unavailable
 from timeline.ids import MAIN
+from timeline.size_text import size_text
 
 if TYPE_CHECKING:
     from restore.snapshot_build import Build

@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 
 from cli.facts import StoreSize
-from cli.output import duration_text, local_time, note, say, size_text, table, warn
+from cli.output import duration_text, local_time, note, say, table, warn
 from cli.status_result import DaemonStatus, SlotReport, StatusResult
+from timeline.size_text import size_text
 
 MOST_BRANCHES = 50
 """Lines; ``tl branches`` lists all."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from cli.facts import BranchFacts, CacheFacts, Facts, SlotFacts, SourceFacts, StoreFacts, StoreSize
 from cli.observed import ArchiverState, ClusterState, DaemonState, JobState
-from cli.output import iso, size_text
+from cli.output import iso
 from timeline.clock import Micros
 from timeline.lsn import Lsn
+from timeline.size_text import size_text
 
 REPLAY_BYTES_PER_SECOND = 100e6
 START_SECONDS = 1.0

@@ -25,7 +25,7 @@ from cli.observed import ArchiverState
 from cli.own_command import own_command
 from cli.quantities import write_duration
 from cli.said import failure_message
-from timeline.clock import Clock
+from timeline.clock import Clock, sleep_unless
 
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 300.0
@@ -178,7 +178,7 @@ class ArchiverSupervisor:
             # A word from while it ran was not meant for what happened now.
             self._wake.clear()
             backoff, pause = self._ended(end, backoff)
-            await self._rest(pause)
+            await sleep_unless(self._clock, pause, self._stop, self._wake)
 
     def _ended(self, end: Ended, backoff: Backoff) -> tuple[Backoff, float | None]:
         well = self._clock.monotonic() - self._well_since if self._well_since is not None else 0.0
@@ -214,17 +214,6 @@ class ArchiverSupervisor:
                 cluster=self.cluster,
                 job=ARCHIVE,
             )
-
-    async def _rest(self, seconds: float | None) -> None:
-        sleeping = asyncio.ensure_future(self._clock.sleep(seconds)) if seconds is not None else None
-        others = [asyncio.ensure_future(event.wait()) for event in (self._stop, self._wake)]
-        waited = [task for task in (sleeping, *others) if task is not None]
-        try:
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in waited:
-                task.cancel()
-            await asyncio.gather(*waited, return_exceptions=True)
 
     def _began(self, pid: int) -> None:
         self.state = dataclasses.replace(self.state, pid=pid)

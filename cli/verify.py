@@ -17,8 +17,9 @@ from cli.config import Settings, store_options
 from cli.executor import Place
 from cli.executor_open import PlaceType
 from cli.footprint import keep_small
-from cli.output import duration_text, emit_json, note, on_terminal, say, size_text
+from cli.output import duration_text, emit_json, note, on_terminal, say
 from timeline.errors import DamagedStore, UsageError
+from timeline.size_text import size_text
 
 if TYPE_CHECKING:
     from cli.executor import Outcome

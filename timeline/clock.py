@@ -65,3 +65,16 @@ class SystemClock:
 
     def token(self, nbytes: int) -> str:
         return secrets.token_hex(nbytes)
+
+
+async def sleep_unless(clock: Clock, seconds: float | None, *events: asyncio.Event) -> None:
+    """Return when one of the events is set, or after so long (``None``: only then)."""
+    waited: list[asyncio.Future[object]] = [asyncio.ensure_future(event.wait()) for event in events]
+    if seconds is not None:
+        waited.append(asyncio.ensure_future(clock.sleep(seconds)))
+    try:
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waited:
+            task.cancel()
+        await asyncio.gather(*waited, return_exceptions=True)

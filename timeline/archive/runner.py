@@ -29,7 +29,7 @@ from timeline.archive.source import Source
 from timeline.archive.status import ArchiverConfig, ArchiverStatus, Phase
 from timeline.catalog.branch_log import BranchLog
 from timeline.catalog.meta import read_meta
-from timeline.clock import Clock
+from timeline.clock import Clock, sleep_unless
 from timeline.errors import NotFound, TimelineError, Unavailable
 from timeline.ids import MAIN
 from timeline.lsn import Lsn
@@ -142,15 +142,7 @@ class Archiver:
                 run.tell(phase=Phase.WAITING, error=error.message, hint=error.hint)
                 longest = LONGEST_BUSY_PAUSE_SECONDS if busy_since is not None else LONGEST_PAUSE_SECONDS
                 pause = FIRST_PAUSE_SECONDS if run.moved else min(pause * 2, longest)
-            await self._rest(pause * (0.5 + self._clock.random() / 2), stop)
-
-    async def _rest(self, seconds: float, stop: asyncio.Event) -> None:
-        sleeping = asyncio.ensure_future(self._clock.sleep(seconds))
-        stopping = asyncio.ensure_future(stop.wait())
-        _, pending = await asyncio.wait((sleeping, stopping), return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+            await sleep_unless(self._clock, pause * (0.5 + self._clock.random() / 2), stop)
 
     def _publish(self, status: ArchiverStatus) -> None:
         self.status = status

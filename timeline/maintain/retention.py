@@ -34,6 +34,7 @@ from timeline.format.log_change import DropSnapshots, ForgetWal, Forgotten
 from timeline.lsn import Lsn
 from timeline.maintain.thin import RULES, Rule, superfluous
 from timeline.pg.segment import segment_start
+from timeline.size_text import size_text
 from timeline.store.base import Store
 
 _SECOND = 1_000_000
@@ -325,17 +326,10 @@ def _because(floor: _Floor, policy: RetentionPolicy, window: Micros, tli: int) -
     if older > 0:
         days = policy.window_seconds / _DAY
         told += (
-            f"; {_size(older)} of it are from before the window: a base backup (`tl backup`) lets go of what is "
+            f"; {size_text(older)} of it are from before the window: a base backup (`tl backup`) lets go of what is "
             f"before it once it is {days:g} days old"
         )
     return told
-
-
-def _size(amount: int) -> str:
-    for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20)):
-        if amount >= 1 << shift:
-            return f"{amount / (1 << shift):.3g} {unit}"
-    return f"{amount} bytes"
 
 
 def _on(line: Line, snapshot: Snapshot) -> bool:

@@ -12,9 +12,10 @@ from cli.archive import _Rate
 from cli.branch import not_main
 from cli.duration import Duration
 from cli.estimate import estimate_month
-from cli.output import duration_text, emit_json, fail, iso, size_text
+from cli.output import duration_text, emit_json, fail, iso
 from timeline.errors import DamagedStore, TargetUnreachable, UsageError
 from timeline.lsn import Lsn
+from timeline.size_text import size_text
 
 
 @dataclass(frozen=True, slots=True)
