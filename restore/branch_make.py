@@ -61,7 +61,7 @@ from timeline.store.open import open_store
 PORT = 5432
 """Every branch has a socket directory of its own, so all can have the usual port."""
 PREFETCH_BYTES = 4 << 20
-NEAR_PREFETCH_BYTES = 32 << 20
+NEAR_PREFETCH_BYTES = 64 << 20
 """With less WAL to replay the prefetcher's own start would take longer than it saves; a store on this host answers
 at once, so there it saves only where replay reads many blocks of each group."""
 _READY_SECONDS = 300.0

@@ -8,6 +8,7 @@ replay can cost committed rows (EDGE 56).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ POLL_SECONDS = 0.005
 LOG_BYTES = 16 << 20
 """A log larger than this is set aside (one old one is kept) at the next start."""
 _FAILURE_LOG_BYTES = 64 << 10
+_LOCK_FILE_BYTES = 8192
 _STATUS_LINE = 7
 _FAILURE = re.compile(r"(?:FATAL|PANIC):  (.*)")
 _DETAIL = re.compile(r"(?:DETAIL|HINT|CONTEXT):  (.*)")
@@ -151,24 +153,47 @@ async def _wait_until_ready(
     ready_seconds: float,
 ) -> None:
     deadline = clock.monotonic() + ready_seconds
-    while True:
-        if process.poll() is not None:
-            raise _explain(instance, log_offset, process.returncode)
-        if _is_ready(instance.data, process.pid):
-            return
-        if clock.monotonic() >= deadline:
-            raise Unavailable(
-                f"Postgres was not ready within {ready_seconds:.0f} s", hint=f"its log is {instance.log}"
-            )
-        await clock.sleep(POLL_SECONDS)
+    with contextlib.closing(_LockFile(instance.data, process.pid)) as lock_file:
+        while True:
+            if process.poll() is not None:
+                raise _explain(instance, log_offset, process.returncode)
+            if lock_file.says_ready():
+                return
+            if clock.monotonic() >= deadline:
+                raise Unavailable(
+                    f"Postgres was not ready within {ready_seconds:.0f} s", hint=f"its log is {instance.log}"
+                )
+            await clock.sleep(POLL_SECONDS)
 
 
-def _is_ready(data: Path, pid: int) -> bool:
-    try:
-        lines = (data / "postmaster.pid").read_text().split("\n")
-    except FileNotFoundError:
-        return False
-    return lines[0] == str(pid) and len(lines) > _STATUS_LINE and lines[_STATUS_LINE].strip() == "ready"
+class _LockFile:
+    """``postmaster.pid`` of a server that starts; opened once, so that looking at it asks nothing of a mount that has
+    enough to do: the kernel answers from its cache."""
+
+    def __init__(self, data: Path, pid: int) -> None:
+        self._path = data / "postmaster.pid"
+        self._pid = pid
+        self._fd: int | None = None
+
+    def says_ready(self) -> bool:
+        """Whether this process wrote that it is ready."""
+        if self._fd is None:
+            try:
+                self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return False
+        lines = os.pread(self._fd, _LOCK_FILE_BYTES, 0).decode(errors="replace").split("\n")
+        if lines[0] != str(self._pid):
+            # Not written yet, or another's, to be replaced.
+            self.close()
+            return False
+        return len(lines) > _STATUS_LINE and lines[_STATUS_LINE].strip() == "ready"
+
+    def close(self) -> None:
+        """Let it go; harmless when it is not open."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
 
 def _explain(instance: Instance, log_offset: int, code: int) -> TimelineError:

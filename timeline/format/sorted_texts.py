@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+_KNOWN = 64
+"""Ranks remembered: many lookups in a row ask for few texts, and each text of the search is made from its bytes."""
+
 
 class SortedTexts:
     """Distinct texts of a sorted dictionary column, and where the rows of each begin.
@@ -18,7 +21,7 @@ class SortedTexts:
     here may touch ``pyarrow.compute``, whose import alone takes as long as decoding fifty row groups.
     """
 
-    __slots__ = ("_codes", "_dictionary", "starts")
+    __slots__ = ("_codes", "_dictionary", "_known", "starts")
 
     def __init__(self, column: Any) -> None:
         """``column``: a dictionary-encoded Arrow array."""
@@ -29,6 +32,7 @@ class SortedTexts:
         """First row of each text, and at last the number of rows."""
         self._codes = codes[self.starts[:-1]]
         self._dictionary = column.dictionary
+        self._known: dict[str, int | None] = {}
 
     def __len__(self) -> int:
         return len(self._codes)
@@ -42,8 +46,16 @@ class SortedTexts:
 
     def find(self, text: str) -> int | None:
         """Rank of the text, ``None`` when it is not there."""
+        try:
+            return self._known[text]
+        except KeyError:
+            pass
         rank = bisect.bisect_left(self, text)
-        return rank if rank < len(self) and self[rank] == text else None
+        found = rank if rank < len(self) and self[rank] == text else None
+        if len(self._known) >= _KNOWN:
+            self._known.clear()
+        self._known[text] = found
+        return found
 
     @property
     def ranks(self) -> npt.NDArray[np.int64]:
