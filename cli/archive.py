@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +11,8 @@ import click
 
 from cli.config import Settings, source_option, store_options
 from cli.footprint import keep_small
-from cli.output import duration_text, emit_json, iso, note, on_terminal, say, warn
+from cli.output import duration_text, emit_json, iso, note, say, warn
+from cli.progress import bytes_progress
 from cli.snapshot_schedule import DEFAULT_MIB, SnapshotSchedule
 from timeline.errors import TimelineError, Unavailable, UsageError
 from timeline.lsn import Lsn
@@ -21,7 +20,7 @@ from timeline.size_text import size_text
 
 if TYPE_CHECKING:
     from cli.archiver_report import StatusWriter
-    from timeline.archive.basebackup import BackupOptions, BackupReport, BackupStatus
+    from timeline.archive.basebackup import BackupOptions, BackupReport
     from timeline.archive.runner import Archiver
     from timeline.archive.status import ArchiverStatus
     from timeline.catalog.branch_log import BranchLog
@@ -342,14 +341,14 @@ class _Archive:
         for attempt in range(1, BACKUP_RETRIES + 1):
             note("taking a base backup (the source's files are read once)")
             try:
-                with backup_progress() as progress:
+                with bytes_progress("base backup") as tell:
                     report = await take_base_backup(
                         self._config.conninfo,
                         store,
                         log,
                         self._clock,
                         options=options,
-                        on_status=progress,
+                        on_status=lambda at: tell(at.phase, at.bytes_done, at.bytes_total),
                     )
             except Unavailable as error:
                 if attempt == BACKUP_RETRIES:
@@ -469,36 +468,6 @@ def _lacks_base(state: BranchState) -> bool:
     return newest is None or any(gap.end > newest for gap in state.gaps)
 
 
-@contextlib.contextmanager
-def backup_progress() -> Iterator[Callable[[BackupStatus], None]]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not on_terminal():
-        yield lambda status: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    with Progress(
-        TextColumn("base backup: {task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    ) as bar:
-        task = bar.add_task("checkpoint", total=None)
-        yield lambda status: bar.update(
-            task, description=status.phase, completed=status.bytes_done, total=status.bytes_total
-        )
-
-
 @click.command("backup")
 @click.option("--rate-limit", type=_Rate(), metavar="SIZE", help="Read the source no faster, e.g. 50MB.")
 @click.option("--fast-checkpoint", is_flag=True, help="Ask for an immediate checkpoint.")
@@ -581,7 +550,14 @@ async def _backup(settings: Settings, options: BackupOptions) -> BackupReport:
             raise UsageError(
                 f"{store.url}: nothing was ever archived here", hint="the first base backup is `tl archive`'s"
             )
-        with backup_progress() as progress:
-            return await take_base_backup(conninfo, store, log, clock, options=options, on_status=progress)
+        with bytes_progress("base backup") as tell:
+            return await take_base_backup(
+                conninfo,
+                store,
+                log,
+                clock,
+                options=options,
+                on_status=lambda at: tell(at.phase, at.bytes_done, at.bytes_total),
+            )
     finally:
         await store.aclose()

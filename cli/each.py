@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,7 +17,8 @@ from cli.duration import Duration
 from cli.each_tasks import JOBS, Row, chosen_clusters, refuse_named_by_us, row_of, task_for
 from cli.executor import LocalPlace, Place, Task, worst
 from cli.executor_open import PlaceType, open_executor
-from cli.output import duration_text, emit_json, note, on_terminal, say, table
+from cli.output import duration_text, emit_json, say, table
+from cli.progress import count_progress
 from timeline.clock import Clock, SystemClock
 from timeline.errors import UsageError
 
@@ -106,11 +106,11 @@ async def _run(job: str, tasks: Sequence[Task], place: Place, clock: Clock) -> t
     executor = await open_executor(place, clock)
     rows: list[Row] = []
     try:
-        with _progress(job, len(tasks)) as tell:
+        with count_progress(job, lines=True) as tell:
             async with aclosing(executor.outcomes(tasks, stop)) as outcomes:
                 async for outcome in outcomes:
                     rows.append(row_of(job, outcome))
-                    tell(rows[-1], len(rows))
+                    tell(f"{rows[-1].cluster}: {rows[-1].said}", len(rows), len(tasks))
     finally:
         await executor.aclose()
     return rows, stop.is_set()
@@ -134,25 +134,3 @@ def _document(row: Row) -> dict[str, Any]:
         "lines": found.lines,
         "result": None if found.document is None else json.loads(found.document),
     }
-
-
-@contextlib.contextmanager
-def _progress(job: str, total: int) -> Iterator[Callable[[Row, int], None]]:
-    """A bar on a terminal, a line for each elsewhere."""
-    if not on_terminal():
-        yield lambda row, done: note(f"{done} of {total}: {row.cluster}: {row.said}")
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    with Progress(
-        TextColumn(job),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[last]}"),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        task = bar.add_task(job, total=total, last="")
-        yield lambda row, done: bar.update(task, completed=done, last=f"{row.cluster}: {row.said}")

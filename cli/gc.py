@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ import click
 
 from cli.config import Settings, store_options
 from cli.duration import Duration
-from cli.output import duration_text, emit_json, iso, local_time, note, on_terminal, say, warn
+from cli.output import duration_text, emit_json, iso, local_time, note, say, warn
+from cli.progress import count_progress
 from timeline.ids import MAIN
 from timeline.size_text import size_text
 
@@ -101,7 +101,7 @@ def gc_command(*, settings: Settings, grace: float | None, window: float | None,
         )
         try:
             log = BranchLog(store, MAIN, clock, clock.token(8))
-            with _progress() as progress:
+            with count_progress("gc") as progress:
                 return await (_collect_and_mark if yes else _look)(store, log, clock, grace, policy, progress)
         finally:
             await store.aclose()
@@ -303,19 +303,3 @@ def _kinds(tallies: Sequence[Tally]) -> dict[str, Any]:
         "bytes": sum(one.bytes for one in tallies),
         "kinds": {one.kind: {"objects": one.objects, "bytes": one.bytes} for one in tallies},
     }
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not on_terminal():
-        yield lambda phase, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True)
-    ) as bar:
-        task = bar.add_task("gc", total=None)
-        yield lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total)

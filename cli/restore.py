@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +11,11 @@ import click
 
 from cli.branch import local_zone, resolve_now
 from cli.config import Settings, source_option, store_options
-from cli.output import duration_text, emit_json, iso, local_time, on_terminal, plain, say, warn
+from cli.output import duration_text, emit_json, iso, local_time, plain, say, warn
+from cli.progress import bytes_progress
 from timeline.size_text import size_text
 
 if TYPE_CHECKING:
-    from restore.eager import Progress
     from restore.export import RestoreResult
 
 
@@ -89,7 +87,7 @@ async def _restore(
     else:
         relative = at.strip().lower().endswith("ago")
         when = parse_when(at, local_zone(), await _source_clock(settings) if relative else None)
-    with _progress() as report:
+    with bytes_progress("restore") as tell:
         return await restore_directory(
             address,
             when,
@@ -98,7 +96,7 @@ async def _restore(
             clock,
             tli=tli,
             take_over=take_over,
-            report=report,
+            report=lambda at: tell("", at.done_bytes, at.total_bytes),
         )
 
 
@@ -114,25 +112,3 @@ async def _source_clock(settings: Settings) -> int | None:
         return await (await History.load(store)).source_clock()
     finally:
         await store.aclose()
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not on_terminal():
-        yield lambda progress: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    with Bar(
-        TextColumn("restore"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    ) as bar:
-        task = bar.add_task("restore", total=None)
-        yield lambda progress: bar.update(task, completed=progress.done_bytes, total=progress.total_bytes)

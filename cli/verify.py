@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +15,13 @@ from cli.config import Settings, store_options
 from cli.executor import Place
 from cli.executor_open import PlaceType
 from cli.footprint import keep_small
-from cli.output import duration_text, emit_json, note, on_terminal, say
+from cli.output import duration_text, emit_json, note, say
+from cli.progress import bytes_progress, count_progress
 from timeline.errors import DamagedStore, UsageError
 from timeline.size_text import size_text
 
 if TYPE_CHECKING:
     from cli.executor import Outcome
-    from timeline.maintain.verify import Progress
     from timeline.maintain.verify_report import DataChecked, LsnRange, Problem, VerifyReport
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -98,7 +96,7 @@ async def _verify(settings: Settings, *, data: bool, budget: int | None, part: s
     )
     ledgers = _writable(state_directory(os.environ) / "verify") if data else None
     try:
-        with _progress() as report:
+        with bytes_progress("verify") as tell:
             found = await verify(
                 store,
                 clock,
@@ -106,7 +104,7 @@ async def _verify(settings: Settings, *, data: bool, budget: int | None, part: s
                 budget=budget,
                 part=wanted,
                 ledger_directory=ledgers,
-                report=report,
+                report=lambda at: tell("", at.done_bytes, at.total_bytes),
             )
     finally:
         await store.aclose()
@@ -126,7 +124,11 @@ async def _verify_in_parts(settings: Settings, place: Place, *, budget: int | No
         loop.add_signal_handler(number, stop.set)
     executor = await open_executor(place, clock)
     try:
-        with _parts_progress() as report:
+        with count_progress("verify, parts", lines=True) as tell:
+
+            def report(outcome: Outcome, done: int, total: int) -> None:
+                tell(f"part {outcome.key}: {duration_text(outcome.seconds)} on {outcome.worker}", done, total)
+
             found = await verify_parts(executor, settings, stop, budget=budget, report=report)
     finally:
         await executor.aclose()
@@ -223,50 +225,3 @@ def _print_problem(problem: Problem) -> None:
 
 def _range_text(span: LsnRange) -> str:
     return f"tli {span.tli}, {span.start}..{span.end}"
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    if not on_terminal():
-        yield lambda progress: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    with Bar(
-        TextColumn("verify"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        task = bar.add_task("verify", total=None)
-        yield lambda progress: bar.update(task, completed=progress.done_bytes, total=progress.total_bytes)
-
-
-@contextlib.contextmanager
-def _parts_progress() -> Iterator[Callable[[Outcome, int, int], None]]:
-    """On a terminal a bar of parts, elsewhere a line for each."""
-    if not on_terminal():
-        yield lambda outcome, done, total: note(
-            f"part {outcome.key}, {done} of {total} done: {duration_text(outcome.seconds)} on {outcome.worker}"
-        )
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    with Bar(
-        TextColumn("verify, parts"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        task = bar.add_task("parts", total=None)
-        yield lambda outcome, done, total: bar.update(task, completed=done, total=total)
