@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.soak.ledger import TABLE, Line
 from tests.soak.plan import SoakPlan
-from tests.support.clones import Clones, clones, promote, wait_for
+from tests.support.clones import Clones, clones, promote, signal_standby, wait_for
 from tests.support.ports import free_ports
 from tests.support.postgres import PostgresServer, running_server, scratch
 from tests.support.s3_proxy import S3Proxy, running_proxy
@@ -124,7 +124,7 @@ sql = ["select count(*) >= 0 from {TABLE}"]
         server = self.standby
         shutil.rmtree(server.data)
         self.primary.tool(
-            "pg_basebackup", "-D", str(server.data), "-R", "-X", "stream", "-c", "fast",
+            "pg_basebackup", "-D", str(server.data), "-X", "stream", "-c", "fast",
             "-h", str(self.primary.sockets), "-p", str(self.primary.port), "-U", "postgres",
         )  # fmt: skip
         server.configure(
@@ -134,6 +134,8 @@ sql = ["select count(*) >= 0 from {TABLE}"]
                 "primary_conninfo": f"'host={self.primary.sockets} port={self.primary.port} user=postgres'",
             }
         )
+        # Not pg_basebackup -R: what it writes to postgresql.auto.conf the next failover could not change.
+        signal_standby(server)
         server.start()
 
 
