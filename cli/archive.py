@@ -333,15 +333,17 @@ class _Archive:
 
     async def _take_base(self, store: Store, log: BranchLog) -> str:
         # Late: most runs find a base backup, and what makes one takes a tenth of a second and 30 MB to import.
-        from timeline.archive.basebackup import BackupOptions, take_base_backup
+        from timeline.archive.basebackup import BackupOptions, NotFollowed, take_base_backup
 
         options = BackupOptions(
             fast_checkpoint=self._fast_checkpoint, rate_bytes_per_second=self._backup_rate
         )
-        for attempt in range(1, BACKUP_RETRIES + 1):
-            note("taking a base backup (the source's files are read once)")
+        note("taking a base backup (the source's files are read once)")
+        attempt = 1
+        while True:
             try:
-                with bytes_progress("base backup") as tell:
+                with bytes_progress("base backup", stays=True) as tell:
+                    tell("checkpoint", 0, None)
                     report = await take_base_backup(
                         self._config.conninfo,
                         store,
@@ -350,11 +352,16 @@ class _Archive:
                         options=options,
                         on_status=lambda at: tell(at.phase, at.bytes_done, at.bytes_total),
                     )
+            except NotFollowed:
+                # The stream is still on the tli before it, and comes to this one or ends, and us with it.
+                await self._clock.sleep(BASE_POLL_SECONDS)
+                continue
             except Unavailable as error:
                 if attempt == BACKUP_RETRIES:
                     raise
                 note(f"tl: base backup: {error.message}; trying again, what is uploaded stays")
                 await self._clock.sleep(2.0**attempt)
+                attempt += 1
                 continue
             warn(report.warnings)
             note(
@@ -362,7 +369,6 @@ class _Archive:
                 f" {duration_text(report.elapsed_seconds)}"
             )
             return report.snapshot.id
-        raise AssertionError("unreachable")
 
     async def _seal(self, store: Store, archiver: Archiver) -> None:
         """Move chunks into packs whenever due, and merge what that leaves in the log. A failure is said and tried
@@ -463,9 +469,13 @@ class _Archive:
 
 
 def _lacks_base(state: BranchState) -> bool:
-    """Whether nothing can be restored at the head: no snapshot, or none after the last gap."""
-    newest = max((snapshot.lsn for snapshot in state.snapshots), default=None)
-    return newest is None or any(gap.end > newest for gap in state.gaps)
+    """Whether nothing can be restored at the head: no snapshot on its line, or none after the line's last gap."""
+    from timeline.catalog.line import is_on, line_of
+
+    line = line_of(state, state.current_tli)
+    newest = max((snapshot.lsn for snapshot in state.snapshots if is_on(line, snapshot)), default=None)
+    tlis = {span.tli for span in line}
+    return newest is None or any(gap.end > newest for gap in state.gaps if gap.tli in tlis)
 
 
 @click.command("backup")
@@ -550,7 +560,8 @@ async def _backup(settings: Settings, options: BackupOptions) -> BackupReport:
             raise UsageError(
                 f"{store.url}: nothing was ever archived here", hint="the first base backup is `tl archive`'s"
             )
-        with bytes_progress("base backup") as tell:
+        with bytes_progress("base backup", stays=True) as tell:
+            tell("checkpoint", 0, None)
             return await take_base_backup(
                 conninfo,
                 store,

@@ -106,7 +106,7 @@ async def _run(job: str, tasks: Sequence[Task], place: Place, clock: Clock) -> t
     executor = await open_executor(place, clock)
     rows: list[Row] = []
     try:
-        with count_progress(job, lines=True) as tell:
+        with count_progress(job, total=len(tasks), lines=True) as tell:
             async with aclosing(executor.outcomes(tasks, stop)) as outcomes:
                 async for outcome in outcomes:
                     rows.append(row_of(job, outcome))

@@ -87,7 +87,7 @@ async def _restore(
     else:
         relative = at.strip().lower().endswith("ago")
         when = parse_when(at, local_zone(), await _source_clock(settings) if relative else None)
-    with bytes_progress("restore") as tell:
+    with bytes_progress("restore", stays=True) as tell:
         return await restore_directory(
             address,
             when,

@@ -27,8 +27,8 @@ RETRY_SECONDS = 300.0
 LONGEST_RETRY_SECONDS = 3600.0
 LONGEST_PAUSE_SECONDS = 30.0
 """Between the end of one build and the next."""
-BUSY_SECONDS = 30.0
-"""After a failure that may pass, such as another build on this host."""
+BUSY_SECONDS = 5.0
+"""After a failure that may pass, such as another build on this host: well below its pause, to get a turn."""
 _POLL_SECONDS = 1.0
 _STOP_SECONDS = 60.0
 _DRAIN_SECONDS = 2.0

@@ -36,6 +36,7 @@ from restore.metered_store import MeteredStore
 from restore.mount_damage import met_damage
 from timeline.catalog.history import History
 from timeline.catalog.line import incarnation_at
+from timeline.catalog.partial import describe_missing
 from timeline.catalog.target import Target
 from timeline.catalog.when import AtLsn, When, parse_when
 from timeline.clock import Clock
@@ -340,6 +341,9 @@ class _Drill:
             outcome = PASSED
             message = f"WAL of tli {tail.tli} hangs together up to {tail.end}; {len(gaps)} recorded gaps"
         elapsed = int((self._clock.monotonic() - began) * 1e6)
+        if self._request.asked == RANDOM and (lost := self._need_history().missing):
+            # Any moment must do, and some do not. (Who names a moment of an incomplete copy knows of it.)
+            self._add(Check("history", "nothing is missing", None, FAILED, describe_missing(lost), 0))
         self._add(
             Check(
                 "history",

@@ -117,11 +117,13 @@ async def _newest(history: History) -> _Newest:
         # That something is missing is noticed on the way to it, no sooner.
         if not history.missing:
             raise
+    ranges = await history.reachable()
     tli = history.state.current_tli
-    reached = [each for each in await history.reachable() if each.tli == tli and not each.abandoned]
+    reached = [each for each in ranges if each.tli == tli and not each.abandoned]
     if not reached:
         raise TargetUnreachable(
-            f"nothing can be recovered: {describe_missing(history.missing)}", hint="complete the copy"
+            f"nothing on tli {tli} can be recovered: {describe_missing(history.missing)}",
+            hint="complete the copy",
         )
     whole = max(reached, key=lambda each: each.last)
     warning = f"{describe_missing(history.missing)}; the RPO is that of its whole part"

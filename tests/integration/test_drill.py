@@ -27,6 +27,7 @@ from tests.support.archived_server import archived_server
 from tests.support.postgres import PostgresServer, free_port, scratch, server_user
 from tests.support.seaweed import READER_ACCESS_KEY, READER_SECRET_KEY, Seaweed
 from tests.support.tl_host import TL, Host, make_host
+from timeline.catalog.branch_log import read_head
 from timeline.catalog.history import History
 from timeline.catalog.when import Latest
 from timeline.clock import SystemClock
@@ -422,6 +423,32 @@ def test_a_missing_chunk(store: Path, place: Path) -> None:
     start, end = (Lsn(int(path.name, 16)) for path in (lost, after))
     assert f"from {start} to {end}" in told["message"]
     assert Lsn.parse(told["target"]["lsn"]) <= start
+    assert left_behind(host) == []
+
+
+@pytest.mark.slow
+def test_an_incomplete_copy_of_a_store(source: PostgresServer, place: Path) -> None:
+    """EDGE 63: a moment named in its whole part is proven; that any moment can be had is not so."""
+    store = place / "incomplete"
+    with archived_server(source, store) as archived:
+        for number in range(3):
+            source.sql(f"create table part_{number} as select generate_series(1, 2000)")
+            inside = archived.position()
+            archived.seal()
+        source.sql("create table beyond as select 1")
+        archived.position()
+    head = asyncio.run(read_head(LocalStore(store), "main"))
+    assert head is not None and len(head.state.sealed) == 3
+    lost = head.state.sealed[-1]
+    (store / keys.manifest(lost.manifest.digest)).unlink()
+    host = make_host(place / "h16", f"file://{store}")
+    code, told = drill(host, "--at", str(Lsn(lost.start - 8)))
+    assert code == 0 and any(lost.manifest.digest in warning for warning in told["warnings"]), told
+    assert Lsn.parse(told["recovery_point"]["head"]) <= lost.start < inside
+    code, told = drill(host, "--random", "--seed", "7")
+    assert code == 6 and lost.manifest.digest in told["message"], told
+    code, told = drill(host)
+    assert code == 3 and lost.manifest.digest in told["message"], told
     assert left_behind(host) == []
 
 

@@ -61,6 +61,10 @@ RUN_ROWS = 65_536
 """Rows that are written as a sorted run at the latest: about 25 MB in memory."""
 
 
+class NotFollowed(Unavailable):
+    """The source is on a tli that the archiver has not come to: its WAL would not be held."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackupOptions:
     """How to take a base backup."""
@@ -302,10 +306,15 @@ class _Backup:
                 hint="check the address; a new cluster needs a store of its own",
             )
         if state.find_tli(identity.tli) is None:
-            # The archiver follows in a moment: the slot of a server just promoted begins on the tli before.
-            raise Unavailable(
+            raise NotFollowed(
                 f"the source is on tli {identity.tli}, which branch {state.branch} does not know yet",
-                hint="let the archiver follow the source first",
+                hint="the archiver follows the source there: is it running, and is this its source?",
+            )
+        if identity.tli != state.current_tli:
+            raise CheckFailed(
+                f"the source is on tli {identity.tli}, which branch {state.branch} has left for tli "
+                f"{state.current_tli}",
+                hint="an old primary after a failover, or a standby that lags? Check the address",
             )
 
     def _check_wal(self, stream: BackupStream, state: BranchState) -> None:

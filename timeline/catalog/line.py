@@ -176,18 +176,22 @@ def replay_start(snapshot: Snapshot, segment_bytes: int) -> Lsn:
     return segment_start(snapshot.lsn, segment_bytes)
 
 
+def is_on(line: Line, snapshot: Snapshot) -> bool:
+    """Whether a line goes through a snapshot, from its redo point to where it is complete."""
+    return any(
+        span.tli == snapshot.tli
+        and span.begin <= snapshot.lsn
+        and (span.end is None or snapshot.end <= span.end)
+        for span in line
+    )
+
+
 def usable_snapshots(state: BranchState, line: Line, run: Run) -> tuple[Snapshot, ...]:
     """The snapshots of the line from which this run replays, by the first LSN each can be at."""
-    spans = {span.tli: span for span in line}
     usable = []
     for snapshot in state.snapshots:
-        span = spans.get(snapshot.tli)
-        if span is None or snapshot.lsn < span.begin:
-            continue
-        if span.end is not None and snapshot.end > span.end:
-            continue
         first = replay_start(snapshot, incarnation_at(state, snapshot.lsn).segment_bytes)
-        if run.start <= first and snapshot.end <= run.end:
+        if is_on(line, snapshot) and run.start <= first and snapshot.end <= run.end:
             usable.append(snapshot)
     return tuple(sorted(usable, key=lambda snapshot: (snapshot.end, snapshot.lsn)))
 

@@ -39,7 +39,7 @@ def find_boundary(
     WalFormatError.
     """
     view = memoryview(wal)
-    walked = walk(view, start, at, segment_bytes=segment_bytes)
+    walked = walk(view, start, at, segment_bytes=segment_bytes, major=major)
     if walked is not None:
         return Boundary(walked.end, walked.begun if walked.begun < at else walked.last_record)
     scanner = WalScanner(segment_bytes, tli, start, major=major)

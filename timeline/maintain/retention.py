@@ -25,7 +25,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from timeline.catalog.branch_log import BranchLog
-from timeline.catalog.line import Line, Piece, Run, covers, incarnation_at, line_of, runs_on, usable_snapshots
+from timeline.catalog.line import (
+    Line,
+    Piece,
+    Run,
+    covers,
+    incarnation_at,
+    is_on,
+    line_of,
+    runs_on,
+    usable_snapshots,
+)
 from timeline.catalog.when import describe_time
 from timeline.clock import Clock, Micros
 from timeline.errors import LogConflict, Unavailable
@@ -201,7 +211,7 @@ def _floor(
         if chosen > max(0, len(bases) - policy.minimum_bases):
             chosen = max(0, len(bases) - policy.minimum_bases)
             why = f"the newest {policy.minimum_bases} base backups stay"
-        left = [one for one in state.snapshots if _on(line, one) and one.id not in thinned]
+        left = [one for one in state.snapshots if is_on(line, one) and one.id not in thinned]
         while chosen > 0 and sum(one.lsn >= bases[chosen].lsn for one in left) < policy.minimum_snapshots:
             chosen -= 1
             why = f"the newest {policy.minimum_snapshots} snapshots stay"
@@ -237,7 +247,7 @@ def _newest_moment(state: BranchState, line: Line, off: Lsn) -> Micros | None:
     """The newest time known of what a line has beyond ``off``; ``None`` when it has nothing there."""
     pieces = list(_pieces(runs_on(state, line, {})))
     own = [piece for piece in pieces if piece.end > off]
-    snapshots = [one for one in state.snapshots if _on(line, one)]
+    snapshots = [one for one in state.snapshots if is_on(line, one)]
     own_snapshots = [one for one in snapshots if one.end > off]
     if not own and not own_snapshots:
         return None
@@ -260,13 +270,15 @@ def _plan(
     reasons: Sequence[str],
 ) -> RetentionPlan:
     staying = [
-        one for one in state.snapshots if any(_on(each.line, one) and each.floor.keeps(one) for each in kept)
+        one
+        for one in state.snapshots
+        if any(is_on(each.line, one) and each.floor.keeps(one) for each in kept)
     ]
     thinned = thinned & {one.id for one in staying}
     spared = _spared(staying, thinned, kept[0].line, policy.minimum_snapshots)
     left = [one for one in staying if one.id not in thinned - spared]
     # A snapshot that another line keeps holds the current one's WAL as well: the log's own rule [LOG-8].
-    shared = [_segment_of(state, one) for one in left if _on(kept[0].line, one)]
+    shared = [_segment_of(state, one) for one in left if is_on(kept[0].line, one)]
     forget = _forgettable(state, kept, min([kept[0].floor.keep_from, *shared]))
     gone = {one.id for one in state.snapshots} - {one.id for one in left}
     return RetentionPlan(
@@ -282,7 +294,7 @@ def _plan(
 
 def _spared(staying: Sequence[Snapshot], thinned: set[str], line: Line, least: int) -> set[str]:
     """Those that the rules would drop and the minimum does not, newest first."""
-    on_line = sorted((one for one in staying if _on(line, one)), key=lambda one: one.lsn)
+    on_line = sorted((one for one in staying if is_on(line, one)), key=lambda one: one.lsn)
     missing = least - sum(one.id not in thinned for one in on_line)
     candidates = [one.id for one in on_line if one.id in thinned]
     return set(candidates[-missing:]) if missing > 0 else set()
@@ -330,15 +342,6 @@ def _because(floor: _Floor, policy: RetentionPolicy, window: Micros, tli: int) -
             f"before it once it is {days:g} days old"
         )
     return told
-
-
-def _on(line: Line, snapshot: Snapshot) -> bool:
-    return any(
-        span.tli == snapshot.tli
-        and span.begin <= snapshot.lsn
-        and (span.end is None or snapshot.end <= span.end)
-        for span in line
-    )
 
 
 def _segment_of(state: BranchState, snapshot: Snapshot) -> Lsn:

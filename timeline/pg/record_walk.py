@@ -13,6 +13,7 @@ import struct
 from dataclasses import dataclass
 
 from timeline.lsn import Lsn
+from timeline.pg.wal_machine import MAGIC_OF_MAJOR
 
 WALK_BYTES = 1 << 20
 """So much is walked at most: ten milliseconds where records are small."""
@@ -28,6 +29,8 @@ _RECORD = struct.Struct("<IIQBB")
 _CONTINUES = 0x0001
 _OVERWRITES = 0x0008
 _RM_XLOG, _SWITCH = 0, 0x40
+_BUILT_IN, _CUSTOM = 21, 128
+"""The last resource manager of Postgres's own (src/include/access/rmgrlist.h), the first of extensions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class _Unusual(Exception):
     """WAL that a walk does not understand."""
 
 
-def walk(wal: memoryview, start: Lsn, at: Lsn, *, segment_bytes: int) -> Walked | None:
+def walk(wal: memoryview, start: Lsn, at: Lsn, *, segment_bytes: int, major: int) -> Walked | None:
     """The record around ``at``; ``None``: something is out of the ordinary, or ends beyond ``wal``.
 
     ``start``: of ``wal``, a record boundary or a page start, not after ``at``.
@@ -54,13 +57,14 @@ def walk(wal: memoryview, start: Lsn, at: Lsn, *, segment_bytes: int) -> Walked 
     if at - start > WALK_BYTES:
         return None
     try:
-        return _Walk(wal, start, segment_bytes).to(at)
+        return _Walk(wal, start, segment_bytes, MAGIC_OF_MAJOR.get(major)).to(at)
     except _Unusual:
         return None
 
 
 class _Walk:
-    def __init__(self, wal: memoryview, start: Lsn, segment_bytes: int) -> None:
+    def __init__(self, wal: memoryview, start: Lsn, segment_bytes: int, magic: int | None) -> None:
+        self._magic = magic
         self._wal = wal
         self._start = start
         self._segment_bytes = segment_bytes
@@ -81,7 +85,9 @@ class _Walk:
                 # In the padding behind it.
                 raise _Unusual
             _, _, previous, info, manager = _RECORD.unpack_from(header)
-            if (last and previous != last) or (manager == _RM_XLOG and info & 0xF0 == _SWITCH):
+            if previous >= begun or (last and previous != last) or _BUILT_IN < manager < _CUSTOM:
+                raise _Unusual
+            if manager == _RM_XLOG and info & 0xF0 == _SWITCH:
                 raise _Unusual
             if end > at:
                 return Walked(Lsn(last), Lsn(begun), Lsn(end))
@@ -90,9 +96,10 @@ class _Walk:
 
     def _page(self, page: int, left: int) -> int:
         """Where the contents of the page begin; ``left``: of a record that it must continue."""
-        _, flags, _, address, remaining = _PAGE.unpack(self._bytes(page, _PAGE.size))
+        magic, flags, _, address, remaining = _PAGE.unpack(self._bytes(page, _PAGE.size))
         if (
-            address != page
+            magic != self._magic
+            or address != page
             or flags & _OVERWRITES
             or bool(flags & _CONTINUES) != bool(left)
             or remaining != left
@@ -114,8 +121,8 @@ class _Walk:
             if not left:
                 break
             position = self._page(position, left)
-        # Its last byte is there, so the record is.
-        self._bytes(position - 1, 1)
+        # Its last byte of padding is there, so the record is.
+        self._bytes(((position + 7) & ~7) - 1, 1)
         return position, bytes(header)
 
     def _bytes(self, position: int, count: int) -> bytes:

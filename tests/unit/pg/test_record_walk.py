@@ -28,7 +28,7 @@ def look(server: Server, start: int, at: int) -> Boundary | None:
 
 def walked(server: Server, start: int, at: int, end: int | None = None) -> Walked | None:
     wal = memoryview(server.bytes(start, server.end if end is None else end))
-    return walk(wal, Lsn(start), Lsn(at), segment_bytes=SEGMENT_BYTES)
+    return walk(wal, Lsn(start), Lsn(at), segment_bytes=SEGMENT_BYTES, major=MAJOR)
 
 
 def test_every_place_is_what_the_scanner_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,9 @@ def test_a_long_way_is_left_to_others() -> None:
     assert walked(server, first.start, first.start + WALK_BYTES + 1) is None
 
 
-@pytest.mark.parametrize("kind", ["switch", "lost", "zeros", "previous", "address"])
+@pytest.mark.parametrize(
+    "kind", ["switch", "lost", "zeros", "previous", "ahead", "manager", "magic", "address"]
+)
 def test_what_is_out_of_the_ordinary_is_left_to_others(kind: str) -> None:
     """EDGE 24 and the like: the scanner knows what it means, or refuses it."""
     server = Server(1, FIRST)
@@ -96,7 +98,19 @@ def test_what_is_out_of_the_ordinary_is_left_to_others(kind: str) -> None:
         wal[second.start - first.start : second.start - first.start + 4] = bytes(4)
     elif kind == "previous":
         wal[third.start - first.start + 8] ^= 8
+    elif kind == "ahead":
+        wal[8 + 5] ^= 1
+    elif kind == "manager":
+        wal[third.start - first.start + 17] = 100
+    elif kind == "magic":
+        page = second.start + PAGE - second.start % PAGE
+        wal[page - first.start] ^= 1
     elif kind == "address":
         page = second.start + PAGE - second.start % PAGE
         wal[page - first.start + 9] ^= 1
-    assert walk(memoryview(wal), Lsn(first.start), Lsn(third.start + 8), segment_bytes=SEGMENT_BYTES) is None
+    assert (
+        walk(
+            memoryview(wal), Lsn(first.start), Lsn(third.start + 8), segment_bytes=SEGMENT_BYTES, major=MAJOR
+        )
+        is None
+    )
