@@ -63,15 +63,20 @@ class SoakPlan:
         return 180.0 if self.is_long else 45.0
 
     def schedule(self) -> tuple[Due, ...]:
-        """In order: one of each kind, more in a longer run, evenly spread with some chance in it."""
+        """In order: one of each kind, more in a longer run, evenly spread with some chance in it.
+
+        The archiver is killed once, in the first half: it is to live long enough for its memory to settle.
+        """
         draw = random.Random(self.seed)
         kinds = list(Event)
         first = WARM_UP_SECONDS
         last = self.seconds - CALM_SECONDS - self.stall_seconds
         count = max(len(kinds), int((last - first) / EVERY_SECONDS))
         while len(kinds) < count:
-            kinds.append(draw.choice(list(Event)))
+            kinds.append(draw.choice([event for event in Event if event is not Event.KILL_ARCHIVER]))
         draw.shuffle(kinds)
+        killed, early = kinds.index(Event.KILL_ARCHIVER), draw.randrange(len(kinds) // 2)
+        kinds[killed], kinds[early] = kinds[early], kinds[killed]
         step = (last - first) / len(kinds)
         return tuple(
             Due(first + step * (number + 0.3 * draw.random()), kind) for number, kind in enumerate(kinds)

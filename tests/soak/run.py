@@ -24,7 +24,7 @@ from tests.soak.load import Bench, Scraper, Visit, Visitor
 from tests.soak.memory import MemoryLine, MemorySampler, relatives_of
 from tests.soak.place import CLUSTER, Place, soak_place
 from tests.soak.plan import Event, SoakPlan
-from tests.soak.requests import Compared, compare
+from tests.soak.requests import AGENT, Compared, compare
 from tests.soak.watch import JobLine, JobWatch, SizeLine, StoreWatch
 from tests.support.daemon_process import DaemonProcess, running_daemon
 from tests.support.s3_proxy import Fault
@@ -222,6 +222,8 @@ def table(report: SoakReport) -> str:
         for name, count in counted.items():
             verbs[name.split()[0]] = verbs.get(name.split()[0], 0) + count
         lines.append(f"{agent:20} " + "  ".join(f"{verb} {count:,}" for verb, count in sorted(verbs.items())))
+    kinds = sorted(report.requests.get(AGENT, {}).items())
+    lines.append("of the archiver: " + ", ".join(f"{name} {count:,}" for name, count in kinds))
     lines += [
         "",
         *(f"{one.verb:5} counted {one.counted:,}, modelled {one.modelled:,.0f}" for one in report.compared),
