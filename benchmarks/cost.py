@@ -36,6 +36,7 @@ from timeline.archive.status import ArchiverConfig
 from timeline.catalog.branch_log import BranchLog
 from timeline.catalog.history import History
 from timeline.catalog.meta import create_store, read_meta
+from timeline.catalog.tail import KnownChunks
 from timeline.format import keys
 from timeline.format.branch_state import BASE, Snapshot, Tli
 from timeline.format.file_listing import write_file_listing
@@ -344,7 +345,7 @@ async def _steps(archiver: Archiver, seconds: float, chunks: int, chunk_bytes: i
 
     clock, began = archiver.clock, archiver.clock.monotonic()
     scaled_bytes = max(1, chunk_bytes // SCALE)
-    pace, sent = SealPace(), 0
+    pace, known, sent = SealPace(), KnownChunks(), 0
     poll, fence, beat = (
         SEAL_PAUSE_SECONDS,
         _CONFIG.fence_check_seconds,
@@ -372,7 +373,7 @@ async def _steps(archiver: Archiver, seconds: float, chunks: int, chunk_bytes: i
             poll += SEAL_PAUSE_SECONDS
             pace = pace.seen(Lsn(archiver.position * SCALE), sent, at)
             if pace.is_due(at):
-                while await seal(archiver.store, archiver.log, clock) is not None:
+                while await seal(archiver.store, archiver.log, clock, known_chunks=known) is not None:
                     await merge_sealed(archiver.store, archiver.log, clock)
                 pace = pace.asked(at)
     clock.advance(max(0.0, began + seconds - clock.monotonic()))

@@ -374,13 +374,14 @@ class _Archive:
         """Move chunks into packs whenever due, and merge what that leaves in the log. A failure is said and tried
         again: archiving does not depend on it."""
         from timeline.catalog.branch_log import BranchLog
+        from timeline.catalog.tail import KnownChunks
         from timeline.ids import MAIN
         from timeline.maintain.merge import merge_sealed
         from timeline.maintain.seal import seal
         from timeline.maintain.seal_pace import SealPace
 
         log = BranchLog(store, MAIN, self._clock, self._clock.token(8))
-        pace = SealPace()
+        pace, known = SealPace(), KnownChunks()
         while True:
             await self._clock.sleep(SEAL_PAUSE_SECONDS)
             now = self._clock.monotonic()
@@ -388,7 +389,7 @@ class _Archive:
             if not pace.is_due(now):
                 continue
             try:
-                while await seal(store, log, self._clock) is not None:
+                while await seal(store, log, self._clock, known_chunks=known) is not None:
                     await merge_sealed(store, log, self._clock)
                 pace = pace.asked(now)
             except TimelineError as error:

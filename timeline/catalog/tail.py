@@ -11,6 +11,7 @@ and the indexes of those small enough to come whole with their header.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -104,9 +105,35 @@ class Tail:
         return self.chunks[0].header.created if self.chunks else None
 
 
-async def find_tail(store: Store, state: BranchState, tli: int, *, within_bytes: int | None = None) -> Tail:
+class KnownChunks:
+    """Chunks of one branch that were read before, for whoever asks for a tail again and again.
+
+    A chunk never changes, so what was read of it stays true; whether it is still there, a listing says. Bound: what
+    the last listing of each tli held.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[int, dict[str, TailChunk]] = {}
+
+    def of(self, tli: int) -> Mapping[str, TailChunk]:
+        """By key."""
+        return self._of.get(tli, {})
+
+    def keep(self, tli: int, chunks: Iterable[TailChunk]) -> None:
+        """All that is known of a tli from now on."""
+        self._of[tli] = {chunk.key: chunk for chunk in chunks}
+
+
+async def find_tail(
+    store: Store,
+    state: BranchState,
+    tli: int,
+    *,
+    within_bytes: int | None = None,
+    known_chunks: KnownChunks | None = None,
+) -> Tail:
     """The chain of a tli as it is now; ``within_bytes``: only of chunks that start so close to its start, as if
-    there were no others.
+    there were no others. ``known_chunks`` are listed, and not read again.
 
     Raises NotFound when a chunk vanished between listing and reading (sealed and collected meanwhile: load
     the log again), DamagedStore when a header is not what its key says or another cluster's.
@@ -121,8 +148,15 @@ async def find_tail(store: Store, state: BranchState, tli: int, *, within_bytes:
     )
     if within_bytes is not None:
         listed = [item for item in listed if _starts_before(item.key, start + within_bytes)]
-    read = await in_parallel(listed, lambda item: _read(store, state, item), limit=_READS)
+    before = known_chunks.of(tli) if known_chunks is not None else {}
+
+    async def chunk_of(item: Listed) -> TailChunk | None:
+        return before.get(item.key) or await _read(store, state, item)
+
+    read = await in_parallel(listed, chunk_of, limit=_READS)
     chunks = [chunk for chunk in read if chunk is not None]
+    if known_chunks is not None:
+        known_chunks.keep(tli, chunks)
     by_start = {chunk.start: chunk for chunk in chunks}
     chain: list[TailChunk] = []
     position = start

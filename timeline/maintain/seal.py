@@ -24,7 +24,7 @@ from dataclasses import replace
 from timeline.catalog.branch_log import BranchLog
 from timeline.catalog.index_merge import merge_indexes
 from timeline.catalog.parallel import in_order
-from timeline.catalog.tail import Tail, TailChunk, find_tail, read_packed
+from timeline.catalog.tail import KnownChunks, Tail, TailChunk, find_tail, read_packed
 from timeline.clock import Clock
 from timeline.errors import DamagedStore, LogConflict, NotFound, Superseded, Unavailable
 from timeline.format import keys, zstd_frame
@@ -53,12 +53,19 @@ _READS = 8
 
 
 async def seal(
-    store: Store, log: BranchLog, clock: Clock, *, tli: int | None = None, force: bool = False
+    store: Store,
+    log: BranchLog,
+    clock: Clock,
+    *,
+    tli: int | None = None,
+    force: bool = False,
+    known_chunks: KnownChunks | None = None,
 ) -> SealedRange | None:
     """Seal once where it is due: the range, or ``None`` when nothing was due or another sealer was faster.
 
     ``tli``: only that one, else all of the branch: those that the source left first. ``force``: whatever
-    there is. Takes about SEAL_BYTES at a time: call again until ``None``. Raises DamagedStore, Unavailable.
+    there is. ``known_chunks``: the caller's, so that a chunk that waits is not asked for again each time. Takes about
+    SEAL_BYTES at a time: call again until ``None``. Raises DamagedStore, Unavailable.
     """
     head = await log.load()
     if head is None:
@@ -69,7 +76,9 @@ async def seal(
             continue
         try:
             # No more than one bite: behind a backlog the rest would be read again for each of them.
-            tail = await find_tail(store, state, known.tli, within_bytes=SEAL_BYTES)
+            tail = await find_tail(
+                store, state, known.tli, within_bytes=SEAL_BYTES, known_chunks=known_chunks
+            )
             if tail.chunks and (force or known.end is not None or is_due(tail, clock)):
                 return await _seal(store, log, clock, _adjoining(tail), head.number)
         except Superseded as error:

@@ -1,6 +1,6 @@
 """When it is worth asking the store whether something is to be sealed. Pure.
 
-Asking costs two LISTs and a GET for the log's head and for each chunk that waits: every five seconds, on a server that
+Asking costs two LISTs, a GET for the log's head and one for each chunk that came since: every five seconds, on a server that
 does nothing, more than all else an archiver asks for. Who archives knows what came, so it asks when a quarter of what
 makes a seal due has come, and now and then while something may wait. What others left is found by the first question.
 """

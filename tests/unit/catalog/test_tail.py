@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 
 from tests.support.archived_wal import FIRST, NOON, SECOND, Archive, Server, index_of
-from timeline.catalog.tail import Tail, find_tail, read_chunk, read_index
+from timeline.catalog.tail import KnownChunks, Tail, find_tail, read_chunk, read_index
 from timeline.errors import DamagedStore, NotFound
 from timeline.format import keys
 from timeline.format.wal_index import Coverage
@@ -119,6 +119,32 @@ def test_below_the_sealed_lsn_chunks_are_void_and_not_even_read() -> None:
         tail = await find_tail(counted, await archive.state(), 1)
         assert [chunk.start for chunk in tail.chunks] == [edges[-1]]
         assert [call.verb for call in counted.calls] == ["list", "get"]
+
+    asyncio.run(work())
+
+
+def test_chunks_that_are_known_are_listed_and_not_read_again() -> None:
+    async def work() -> None:
+        archive = Archive()
+        server, edges = await five_chunks(archive)
+        known = KnownChunks()
+        first = await find_tail(archive.store, await archive.state(), 1, known_chunks=known)
+        server.commit(NOON, 99)
+        await archive.archive(server)
+        counted = FaultyStore(archive.store)
+        tail = await find_tail(counted, await archive.state(), 1, known_chunks=known)
+        assert [call.verb for call in counted.calls] == ["list", "get"]
+        assert tail.headers == (await find_tail(archive.store, await archive.state(), 1)).headers
+        assert all(one is other for one, other in zip(tail.chunks, first.chunks, strict=False))
+        # One that is not listed any more is not there, and is forgotten.
+        await archive.store.delete([tail.chunks[-1].key])
+        assert await find_tail(archive.store, await archive.state(), 1, known_chunks=known) == first
+        assert (
+            set(known.of(1)) == {chunk.key for chunk in first.chunks} and len(edges) == len(first.chunks) + 1
+        )
+        await archive.seal()
+        assert (await find_tail(archive.store, await archive.state(), 1, known_chunks=known)).chunks == ()
+        assert known.of(1) == {}
 
     asyncio.run(work())
 
