@@ -45,14 +45,14 @@ class LogHead:
     state: BranchState
 
 
-async def read_head(store: Store, branch: str) -> LogHead | None:
-    """The head of a branch's log; ``None`` for a branch that was never begun.
+async def read_head(store: Store, branch: str, *, known: LogHead | None = None) -> LogHead | None:
+    """The head of a branch's log; ``None`` for a branch that was never begun. ``known``: a head of before.
 
-    Costs one LIST and one GET while states are small, else up to 100 GETs. Raises DamagedStore,
-    MissingObject.
+    Costs one LIST and one GET while states are small, else up to 100 GETs; with a known head one for each entry
+    since, as long as it is of the same hundred. Raises DamagedStore, MissingObject.
     """
     try:
-        return await _read_head_once(store, branch)
+        return await _read_head_once(store, branch, known)
     except NotFound:
         # The collector may have removed what an already superseded head was built on.
         pass
@@ -97,11 +97,13 @@ class BranchLog:
         self._store = store
         self._clock = clock
         self._writer = writer
+        self._known: LogHead | None = None
         self.branch = branch
 
     async def load(self) -> LogHead | None:
-        """The head; as ``read_head``."""
-        return await read_head(self._store, self.branch)
+        """The head; as ``read_head``, from what this object has read or written before."""
+        self._known = await read_head(self._store, self.branch, known=self._known)
+        return self._known
 
     async def append(self, change: Change, *, epoch: int = 0) -> LogHead:
         """Commit a change; the newest head, which includes it and perhaps later changes of others.
@@ -127,6 +129,7 @@ class BranchLog:
             if await self._store.create(keys.log_entry(self.branch, entry.number), encode_entry(entry)):
                 newest = await self._confirm(entry)
                 if newest is not None:
+                    self._known = newest
                     if newest.state.epoch > epoch > 0:
                         raise _fenced(self.branch, newest.state, epoch)
                     return newest
@@ -192,9 +195,9 @@ class BranchLog:
         return True
 
 
-async def _read_head_once(store: Store, branch: str) -> LogHead | None:
+async def _read_head_once(store: Store, branch: str, known: LogHead | None = None) -> LogHead | None:
     newest = await _newest_number(store, branch)
-    return None if newest is None else await _head_at(store, branch, newest)
+    return None if newest is None else await _head_at(store, branch, newest, known)
 
 
 async def _newest_number(store: Store, branch: str) -> int | None:
@@ -207,18 +210,28 @@ async def _newest_number(store: Store, branch: str) -> int | None:
     return parsed[1]
 
 
-async def _head_at(store: Store, branch: str, newest: int) -> LogHead:
+async def _head_at(store: Store, branch: str, newest: int, known: LogHead | None = None) -> LogHead:
+    """The head at that number. Entries are read back to the nearest with a state; to a known head, where that is
+    nearer and of the same hundred: then whoever knows nothing would read the very same entries."""
+    checkpoint = newest - newest % STATE_EVERY
+    if known is not None and not checkpoint <= known.number <= newest:
+        known = None
+    if known is not None and known.number == newest:
+        return known
+    below = known.number + 1 if known is not None else checkpoint
     (entry,) = await _read_entries(store, branch, range(newest, newest + 1))
     since: list[LogEntry] = []
     earlier: list[LogEntry] = []
     while entry.state is None:
-        if entry.number % STATE_EVERY == 0:
-            raise DamagedStore(keys.log_entry(branch, entry.number), 0, "expected a state in this entry")
         since.append(entry)
+        if known is not None and entry.number == below:
+            return LogHead(newest, _replay(known.state, since[::-1]))
+        if entry.number == checkpoint:
+            raise DamagedStore(keys.log_entry(branch, entry.number), 0, "expected a state in this entry")
         if not earlier:
-            checkpoint = entry.number - entry.number % STATE_EVERY
-            numbers = range(max(entry.number - _GETS, checkpoint), entry.number)
-            earlier = await _read_entries(store, branch, numbers)
+            earlier = await _read_entries(
+                store, branch, range(max(entry.number - _GETS, below), entry.number)
+            )
         entry = earlier.pop()
     return LogHead(newest, _replay(entry.state, since[::-1]))
 

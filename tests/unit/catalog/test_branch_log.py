@@ -103,13 +103,42 @@ def test_long_states_are_found_by_walking_back(entries: int) -> None:
         await log.append(gap(0, reason="x" * 70_000))
         for number in range(1, entries + 1):
             await log.append(cover(number))
-        head = await log.load()
+        head = await read_head(store, "main")
         assert head is not None
         assert head.number == entries + 1
         assert head.state.coverage == Coverage(1, FIRST, entries)
         assert gap_numbers(head) == [0]
         largest = max(listed.size for listed in (await store.list(keys.log_prefix("main")))[:1])
         assert largest < 70_000 or head.number % 100 == 0
+
+    run(work())
+
+
+@pytest.mark.parametrize("between", [0, 1, 7, 40, 98, 99, 100, 150, 250])
+def test_what_was_read_before_is_not_read_again(monkeypatch: pytest.MonkeyPatch, between: int) -> None:
+    """Long states: from a known head of the same hundred on only the entries since are read."""
+    monkeypatch.setattr("timeline.format.log.STATE_BYTES", 0)
+
+    async def work() -> None:
+        store = MemoryStore()
+        writer = await begun(store)
+        for _ in range(30):
+            await writer.append(RecordProgress(None))
+        counted = FaultyStore(store)
+        reader = BranchLog(counted, "main", ManualClock(seed=3), "reader")
+        before = await reader.load()
+        assert before is not None
+        for _ in range(between):
+            head = await writer.append(RecordProgress(None))
+        counted.calls.clear()
+        found = await reader.load()
+        assert found == await read_head(store, "main") and found is not None
+        assert found.number == before.number + between
+        gets = sum(call.verb == "get" for call in counted.calls)
+        same_hundred = before.number // 100 == found.number // 100
+        assert gets == between if same_hundred else gets <= found.number % 100 + 1
+        if between:
+            assert found == head
 
     run(work())
 
@@ -347,7 +376,7 @@ def test_a_flipped_bit_is_damage() -> None:
         await store.delete([key])
         await store.create(key, bytes(data))
         with pytest.raises(DamagedStore) as raised:
-            await log.load()
+            await read_head(store, "main")
         assert raised.value.key == key
 
     run(work())
