@@ -334,7 +334,8 @@ def test_a_hundred_thousand_files(place: Place, state: Path) -> None:
     names = os.listdir(directory)
     elapsed = time.monotonic() - began
     assert len(set(names)) == FILES
-    assert elapsed < 8
+    # A second; what is not linear in the number of files takes minutes.
+    assert elapsed < 30
     (directory / "17").unlink()
     (directory / "new").write_text("x")
     (directory / "18").rename(directory / "moved")

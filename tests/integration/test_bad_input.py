@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.clones import wait_for
 from tests.support.postgres import PostgresServer, free_port, scratch
 from tests.support.tl_host import TL, Host, make_host
 
@@ -249,9 +250,7 @@ def test_slot_taken(archived: Host, server: PostgresServer) -> None:
     """EDGE 7: another connection streams from our slot; nothing of it is disturbed."""
     running = archived.start_archiver()
     try:
-        for _ in range(200):
-            if server.value("select count(*) from pg_replication_slots where active") == "1":
-                break
+        wait_for(lambda: server.value("select count(*) from pg_replication_slots where active") == "1")
         stderr = archived.run("detach", "--yes")
         assert stderr.returncode in (1, 7)
         assert "Traceback" not in stderr.stderr
