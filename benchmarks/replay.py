@@ -131,11 +131,13 @@ def eager_seconds(major: int, host: Host, directory: Path) -> float:
         copy.stop("immediate")
 
 
-def copy_store(file_url: str, s3_url: str, endpoint_url: str) -> None:
-    """Every object of a directory store into a bucket: no store names its own place."""
+def copy_store(file_url: str, host: Host, endpoint_url: str) -> None:
+    """Every object of a directory store into the bucket of a host: no store names its own place."""
+    credentials = {name: value for name, value in host.environment.items() if name.startswith("AWS_")}
+    os.environ.update(credentials)
 
     async def copy() -> None:
-        here, there = await open_store(file_url), await open_store(s3_url, endpoint_url=endpoint_url)
+        here, there = await open_store(file_url), await open_store(host.store, endpoint_url=endpoint_url)
         try:
             for listed in await here.list(""):
                 await there.create(listed.key, await here.get(listed.key))
@@ -188,9 +190,8 @@ def replay(
     """All of it, for a directory and, ``s3``: (end point of the server, of the proxy before it), for a bucket."""
     hosts = {"file": make_host(directory / "replay", history.store)}
     if s3 is not None:
-        bucket = "s3://bench/replay"
-        copy_store(history.store, bucket, s3[0])
-        hosts["s3"] = make_host(directory / "replay-s3", bucket, endpoint_url=s3[1])
+        hosts["s3"] = make_host(directory / "replay-s3", "s3://bench/replay", endpoint_url=s3[1])
+        copy_store(history.store, hosts["s3"], s3[0])
     binaries = bin_dir(MAJOR)
     if binaries is None:
         raise RuntimeError(f"no Postgres {MAJOR} on this machine")
