@@ -144,6 +144,8 @@ class Stretch:
     """Of WAL in each, in truth."""
     starts: int = 1
     """Archivers, one after another."""
+    seals: int | None = None
+    """How often it seals, evenly; ``None``: as soon as it may, as on a machine with time for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,19 +337,23 @@ async def archive_stretch(store: MeteredStore, stretch: Stretch) -> Requests:
             )
             await archiver.start()
             async with archiver.stream():
-                await _steps(archiver, stretch.seconds / stretch.starts, chunks, stretch.chunk_bytes)
+                seals = None if stretch.seals is None else stretch.seals / stretch.starts
+                await _steps(archiver, stretch.seconds / stretch.starts, chunks, stretch.chunk_bytes, seals)
     return store.requests - before
 
 
-async def _steps(archiver: Archiver, seconds: float, chunks: int, chunk_bytes: int) -> None:
+async def _steps(
+    archiver: Archiver, seconds: float, chunks: int, chunk_bytes: int, seals: float | None
+) -> None:
     """Chunks, polls, fence checks and heartbeats, each at its time."""
     from cli.archive import SEAL_PAUSE_SECONDS
 
     clock, began = archiver.clock, archiver.clock.monotonic()
     scaled_bytes = max(1, chunk_bytes // SCALE)
     pace, known, sent = SealPace(), KnownChunks(), 0
+    pause = SEAL_PAUSE_SECONDS if not seals else seconds / seals
     poll, fence, beat = (
-        SEAL_PAUSE_SECONDS,
+        pause,
         _CONFIG.fence_check_seconds,
         _CONFIG.heartbeat_seconds if not chunks else math.inf,
     )
@@ -370,10 +376,10 @@ async def _steps(archiver: Archiver, seconds: float, chunks: int, chunk_bytes: i
             )
             beat += _CONFIG.heartbeat_seconds
         if at == poll:
-            poll += SEAL_PAUSE_SECONDS
+            poll += pause
             pace = pace.seen(Lsn(archiver.position * SCALE), sent, at)
-            if pace.is_due(at):
-                while await seal(archiver.store, archiver.log, clock, known_chunks=known) is not None:
+            if seals or pace.is_due(at):
+                while await seal(archiver.store, archiver.log, clock, force=bool(seals), known_chunks=known):
                     await merge_sealed(archiver.store, archiver.log, clock)
                 pace = pace.asked(at)
     clock.advance(max(0.0, began + seconds - clock.monotonic()))

@@ -34,12 +34,14 @@ def compare(
 ) -> tuple[Compared, ...]:
     """PUT, GET and LIST of the archiver; ``starts``: sessions with the source, of however many processes.
 
-    The number of chunks is a parameter and is taken from what was counted: it depends on how busy the machine is, for a
-    synchronous archiver cuts as soon as it can.
+    The numbers of chunks and of seals are parameters and are taken from what was counted: they depend on how busy the
+    machine is, for a synchronous archiver cuts as soon as it can, and while one seal is at work the next one grows.
     """
     counted = requests.get(AGENT, {})
     chunks = counted.get("PUT wal", 0)
-    stretch = Stretch(seconds, chunks, max(1, wal_bytes // max(1, chunks)), starts)
+    # So little WAL makes one pack a seal.
+    seals = counted.get("PUT packs", 0)
+    stretch = Stretch(seconds, chunks, max(1, wal_bytes // max(1, chunks)), starts, seals)
     model = asyncio.run(archive_stretch(MeteredStore(), stretch))
     verbs: dict[str, int] = {}
     for name, count in counted.items():
