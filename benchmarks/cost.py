@@ -351,7 +351,8 @@ async def _steps(
     clock, began = archiver.clock, archiver.clock.monotonic()
     scaled_bytes = max(1, chunk_bytes // SCALE)
     pace, known, sent = SealPace(), KnownChunks(), 0
-    pause = SEAL_PAUSE_SECONDS if not seals else seconds / seals
+    paced = seals is None
+    pause = SEAL_PAUSE_SECONDS if seals is None else seconds / seals if seals else math.inf
     poll, fence, beat = (
         pause,
         _CONFIG.fence_check_seconds,
@@ -378,8 +379,8 @@ async def _steps(
         if at == poll:
             poll += pause
             pace = pace.seen(Lsn(archiver.position * SCALE), sent, at)
-            if seals or pace.is_due(at):
-                while await seal(archiver.store, archiver.log, clock, force=bool(seals), known_chunks=known):
+            if not paced or pace.is_due(at):
+                while await seal(archiver.store, archiver.log, clock, force=not paced, known_chunks=known):
                     await merge_sealed(archiver.store, archiver.log, clock)
                 pace = pace.asked(at)
     clock.advance(max(0.0, began + seconds - clock.monotonic()))

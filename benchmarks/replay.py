@@ -23,6 +23,7 @@ from benchmarks.fixture import Host, make_host, timed_branch
 from benchmarks.report import Report
 from tests.support.postgres import PostgresServer, bin_dir, running_server
 from tests.support.restored import wait_until_promoted
+from tests.support.seaweed import credentials
 from timeline.format.branch_state import BUILT
 from timeline.format.value_json import from_json, to_json
 from timeline.lsn import Lsn
@@ -131,13 +132,11 @@ def eager_seconds(major: int, host: Host, directory: Path) -> float:
         copy.stop("immediate")
 
 
-def copy_store(file_url: str, host: Host, endpoint_url: str) -> None:
-    """Every object of a directory store into the bucket of a host: no store names its own place."""
-    credentials = {name: value for name, value in host.environment.items() if name.startswith("AWS_")}
-    os.environ.update(credentials)
+def copy_store(file_url: str, s3_url: str, endpoint_url: str) -> None:
+    """Every object of a directory store into a bucket: no store names its own place."""
 
     async def copy() -> None:
-        here, there = await open_store(file_url), await open_store(host.store, endpoint_url=endpoint_url)
+        here, there = await open_store(file_url), await open_store(s3_url, endpoint_url=endpoint_url)
         try:
             for listed in await here.list(""):
                 await there.create(listed.key, await here.get(listed.key))
@@ -145,7 +144,8 @@ def copy_store(file_url: str, host: Host, endpoint_url: str) -> None:
             await here.aclose()
             await there.aclose()
 
-    asyncio.run(copy())
+    with credentials():
+        asyncio.run(copy())
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ def replay(
     hosts = {"file": make_host(directory / "replay", history.store)}
     if s3 is not None:
         hosts["s3"] = make_host(directory / "replay-s3", "s3://bench/replay", endpoint_url=s3[1])
-        copy_store(history.store, hosts["s3"], s3[0])
+        copy_store(history.store, hosts["s3"].store, s3[0])
     binaries = bin_dir(MAJOR)
     if binaries is None:
         raise RuntimeError(f"no Postgres {MAJOR} on this machine")

@@ -324,14 +324,14 @@ class _Archive:
             ):
                 head = await log.load()
                 if head is not None and _lacks_base(head.state):
-                    self._snapshot = await self._take_base(store, log)
+                    self._snapshot = await self._take_base(archiver, store, log)
                 checked = True
                 self._based.set()
                 if self._once:
                     return self._snapshot
             await self._clock.sleep(BASE_POLL_SECONDS if not checked else GAP_POLL_SECONDS)
 
-    async def _take_base(self, store: Store, log: BranchLog) -> str:
+    async def _take_base(self, archiver: Archiver, store: Store, log: BranchLog) -> str:
         # Late: most runs find a base backup, and what makes one takes a tenth of a second and 30 MB to import.
         from timeline.archive.basebackup import BackupOptions, NotFollowed, take_base_backup
 
@@ -352,9 +352,11 @@ class _Archive:
                         options=options,
                         on_status=lambda at: tell(at.phase, at.bytes_done, at.bytes_total),
                     )
-            except NotFollowed:
-                # The stream is still on the tli before it, and comes to this one or ends, and us with it.
-                await self._clock.sleep(BASE_POLL_SECONDS)
+            except NotFollowed as error:
+                # Our own stream is on a tli before it, and comes there or ends, and we with it: the source is
+                # not asked again meanwhile.
+                while archiver.status.tli < error.tli:
+                    await self._clock.sleep(GAP_POLL_SECONDS)
                 continue
             except Unavailable as error:
                 if attempt == BACKUP_RETRIES:
@@ -416,7 +418,7 @@ class _Archive:
         log = BranchLog(store, MAIN, self._clock, self._clock.token(8))
         head = await log.load()
         if head is not None and _lacks_base(head.state):
-            self._snapshot = await self._take_base(store, log)
+            self._snapshot = await self._take_base(archiver, store, log)
             await self._reach_source(archiver)
         self._stop.set()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from tests.support.clones import Clones, clones, promote, signal_standby, wait_f
 from tests.support.ports import free_ports
 from tests.support.postgres import PostgresServer, running_server, scratch
 from tests.support.s3_proxy import S3Proxy, running_proxy
-from tests.support.seaweed import ACCESS_KEY, SECRET_KEY, Seaweed, running_seaweed
+from tests.support.seaweed import Seaweed, credentials, running_seaweed
 from tests.support.tl_host import Host, make_host
 from timeline.lsn import Lsn
 
@@ -144,7 +143,7 @@ def soak_place(plan: SoakPlan) -> Iterator[Place]:
     """Everything started, the store made and nothing archived yet; all of it gone afterwards."""
     with contextlib.ExitStack() as stack:
         directory = scratch("tl-soak-")
-        stack.enter_context(_credentials())
+        stack.enter_context(credentials())
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         seaweed = stack.enter_context(running_seaweed())
         seaweed.make_bucket(BUCKET)
@@ -175,26 +174,6 @@ def soak_place(plan: SoakPlan) -> Iterator[Place]:
                      "-U", "postgres", "postgres")  # fmt: skip
         hosts[0].tl("init", URL, "--source", place.conninfo)
         yield place
-
-
-@contextlib.contextmanager
-def _credentials() -> Iterator[None]:
-    """Of the S3 server, for this process."""
-    ours = {
-        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _standby(cloning: Clones, primary: PostgresServer) -> PostgresServer:

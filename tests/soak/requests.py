@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from benchmarks.cost import MeteredStore, Stretch, archive_stretch
 
 AGENT = "timeline/archive"
+MOST_OFF = 0.1
+"""What the model may be off by, relative to what was counted."""
 
 
 @dataclass(frozen=True, slots=True)

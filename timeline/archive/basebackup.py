@@ -64,6 +64,14 @@ RUN_ROWS = 65_536
 class NotFollowed(Unavailable):
     """The source is on a tli that the archiver has not come to: its WAL would not be held."""
 
+    def __init__(self, tli: int, branch: str) -> None:
+        """``tli``: the source's."""
+        super().__init__(
+            f"the source is on tli {tli}, which branch {branch} does not know yet",
+            hint="the archiver follows the source there: is it running, and is this its source?",
+        )
+        self.tli = tli
+
 
 @dataclass(frozen=True, slots=True)
 class BackupOptions:
@@ -306,10 +314,7 @@ class _Backup:
                 hint="check the address; a new cluster needs a store of its own",
             )
         if state.find_tli(identity.tli) is None:
-            raise NotFollowed(
-                f"the source is on tli {identity.tli}, which branch {state.branch} does not know yet",
-                hint="the archiver follows the source there: is it running, and is this its source?",
-            )
+            raise NotFollowed(identity.tli, state.branch)
         if identity.tli != state.current_tli:
             raise CheckFailed(
                 f"the source is on tli {identity.tli}, which branch {state.branch} has left for tli "

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from timeline.lsn import Lsn
 from timeline.pg.record_walk import walk
 from timeline.pg.wal import RecordKind, WalScanner
+from timeline.pg.wal_machine import PAGE_BYTES, page_header_bytes
 
-_PAGE_BYTES = 8192
-_LONG_HEADER_BYTES = 40
-_SHORT_HEADER_BYTES = 24
 _LENGTH_LEFT = slice(16, 20)
 """xlp_rem_len in a page header."""
 
@@ -45,12 +43,12 @@ def find_boundary(
     scanner = WalScanner(segment_bytes, tli, start, major=major)
     last = scanner.feed(view[: at - start]).last_record
     begun = scanner.pending
-    if begun >= at or begun % _PAGE_BYTES == 0:
+    if begun >= at or begun % PAGE_BYTES == 0:
         # Nothing is unfinished at ``at``; it may lie inside a page header, where no record starts.
         return Boundary(at, last)
     fed = at - start
     while fed < len(view):
-        page_end = start + fed + _PAGE_BYTES - (start + fed) % _PAGE_BYTES
+        page_end = start + fed + PAGE_BYTES - (start + fed) % PAGE_BYTES
         upto = min(page_end - start, len(view))
         result = scanner.feed(view[fed:upto])
         fed = upto
@@ -60,7 +58,7 @@ def find_boundary(
             return Boundary(result.last_record_end, begun)
         if result.records:
             return Boundary(
-                _end_in_page(view, start, begun, Lsn(page_end - _PAGE_BYTES), segment_bytes), begun
+                _end_in_page(view, start, begun, Lsn(page_end - PAGE_BYTES), segment_bytes), begun
             )
         if scanner.pending != begun:
             return Boundary(at, last)
@@ -72,8 +70,8 @@ def _end_in_page(view: memoryview, start: Lsn, begun: Lsn, page: Lsn, segment_by
     if begun > page:
         length = int.from_bytes(view[begun - start : begun - start + 4], "little")
         return Lsn(begun + _aligned(length))
-    header = view[page - start : page - start + _LONG_HEADER_BYTES]
-    header_bytes = _LONG_HEADER_BYTES if page % segment_bytes == 0 else _SHORT_HEADER_BYTES
+    header_bytes = page_header_bytes(page, segment_bytes)
+    header = view[page - start : page - start + header_bytes]
     return Lsn(page + header_bytes + _aligned(int.from_bytes(header[_LENGTH_LEFT], "little")))
 
 

@@ -13,13 +13,10 @@ import struct
 from dataclasses import dataclass
 
 from timeline.lsn import Lsn
-from timeline.pg.wal_machine import MAGIC_OF_MAJOR
+from timeline.pg.wal_machine import MAGIC_OF_MAJOR, PAGE_BYTES, page_header_bytes
 
 WALK_BYTES = 1 << 20
 """So much is walked at most: ten milliseconds where records are small."""
-_PAGE_BYTES = 8192
-_LONG_HEADER_BYTES = 40
-_SHORT_HEADER_BYTES = 24
 _RECORD_HEADER_BYTES = 24
 _MAX_RECORD_BYTES = 1 << 30
 _PAGE = struct.Struct("<HHIQI")
@@ -72,7 +69,7 @@ class _Walk:
     def to(self, at: Lsn) -> Walked:
         last, position = 0, int(self._start)
         while position < at:
-            if position % _PAGE_BYTES == 0:
+            if position % PAGE_BYTES == 0:
                 body = self._page(position, 0)
                 if at <= body:
                     # Inside a page header, where no record starts.
@@ -105,7 +102,7 @@ class _Walk:
             or remaining != left
         ):
             raise _Unusual
-        return page + (_LONG_HEADER_BYTES if page % self._segment_bytes == 0 else _SHORT_HEADER_BYTES)
+        return page + page_header_bytes(page, self._segment_bytes)
 
     def _record(self, begun: int) -> tuple[int, bytes]:
         """Where a record ends, without padding, and its header."""
@@ -114,7 +111,7 @@ class _Walk:
             raise _Unusual
         header, position, left = bytearray(), begun, length
         while True:
-            room = min(left, _PAGE_BYTES - position % _PAGE_BYTES)
+            room = min(left, PAGE_BYTES - position % PAGE_BYTES)
             wanted = min(room, _RECORD_HEADER_BYTES - len(header))
             header += self._bytes(position, wanted)
             position, left = position + room, left - room
