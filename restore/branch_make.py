@@ -55,7 +55,7 @@ from timeline.format.wal_index import EventKind
 from timeline.lsn import Lsn
 from timeline.pg.control import CONTROL_FILE, parse_control
 from timeline.pg.segment import segment_start
-from timeline.store.base import Store
+from timeline.store.base import NearStore, Store
 from timeline.store.open import open_store
 
 PORT = 5432
@@ -93,6 +93,7 @@ class BranchMaker:
         self._clock = clock
         self._environ = environ
         self._warnings: list[str] = []
+        self._near = False
 
     @property
     def data(self) -> Path:
@@ -107,11 +108,11 @@ class BranchMaker:
         if self.request.listen is not None:
             check_free(self.request.listen)
         address = self.request.store
-        self.store = MeteredStore(
-            await open_store(
-                address.url, endpoint_url=address.endpoint_url, region=address.region, clock=self._clock
-            )
+        opened = await open_store(
+            address.url, endpoint_url=address.endpoint_url, region=address.region, clock=self._clock
         )
+        self._near = isinstance(opened, NearStore)
+        self.store = MeteredStore(opened)
         try:
             return await self._make(self.store)
         finally:
@@ -281,9 +282,8 @@ class BranchMaker:
         starting = launch(instance, options=options)
         self._note(starting.postmaster)
         prefetcher = None
-        near = not self.request.store.url.startswith("s3:")
         if self.branch.mode == LAZY and plan.replayed_bytes > (
-            NEAR_PREFETCH_BYTES if near else PREFETCH_BYTES
+            NEAR_PREFETCH_BYTES if self._near else PREFETCH_BYTES
         ):
             prefetcher = Prefetcher.start(plan, self._directory, self.data)
         syncing = asyncio.ensure_future(to_the_end(self._sync))

@@ -16,7 +16,7 @@ from timeline.lsn import Lsn
 from timeline.pg.wal_machine import MAGIC_OF_MAJOR, PAGE_BYTES, page_header_bytes
 
 WALK_BYTES = 1 << 20
-"""So much is walked at most: ten milliseconds where records are small."""
+"""So much is walked at most: a tenth of a second where records are small, a fraction of what loading the scanner takes."""
 _RECORD_HEADER_BYTES = 24
 _MAX_RECORD_BYTES = 1 << 30
 _PAGE = struct.Struct("<HHIQI")

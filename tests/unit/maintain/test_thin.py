@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -74,12 +75,21 @@ def test_whenever_it_ran_a_period_that_had_a_snapshot_has_one_as_late(quarters: 
     snapshots = sorted((made(quarter / 4) for quarter in quarters), key=lambda snapshot: snapshot.time)
     early = [snapshot for snapshot in snapshots if snapshot.time <= NOW - step * HOUR // 4]
     now = snapshots[-1].time
-    for kept in (left(snapshots), left([*left(early), *snapshots[len(early) :]])):
+    at_once, bit_by_bit = left(snapshots), left([*left(early), *snapshots[len(early) :]])
+
+    def every_of(snapshot: Snapshot) -> float:
+        age = (now - snapshot.time) / 1e6
+        return next(rule.every_seconds for rule in RULES if age < rule.younger_than_seconds)
+
+    def share(one: Snapshot, other: Snapshot) -> bool:
+        every = max(every_of(one), every_of(other))
+        return one.time // 1e6 // every == other.time // 1e6 // every
+
+    for kept in (at_once, bit_by_bit):
         for snapshot in snapshots:
-            age = (now - snapshot.time) / 1e6
-            every = next(rule.every_seconds for rule in RULES if age < rule.younger_than_seconds)
-            if not every:
-                assert snapshot in kept
-                continue
-            period = snapshot.time // 1e6 // every
-            assert any(one.lsn >= snapshot.lsn and one.time // 1e6 // every == period for one in kept)
+            assert snapshot in kept or (
+                every_of(snapshot) and any(one.lsn >= snapshot.lsn and share(snapshot, one) for one in kept)
+            )
+    pairs = combinations(snapshots, 2)
+    if not any(every_of(one) != every_of(other) and share(one, other) for one, other in pairs):
+        assert at_once == bit_by_bit
