@@ -32,7 +32,8 @@ from tests.support.lazy_branch import (
     wait_until,
 )
 from tests.support.postgres import PostgresServer, scratch
-from tests.support.s3_proxy import Fault, S3Proxy
+from tests.support.s3_proxy import S3Proxy
+from tests.support.s3_proxy_state import Fault
 from tests.support.seaweed import Seaweed
 
 pytestmark = [

@@ -14,7 +14,8 @@ import pytest
 from tests.fix_stores import BUCKET, fresh_prefix
 from tests.support.manual_clock import ManualClock
 from tests.support.moto_server import MotoServer
-from tests.support.s3_proxy import Fault, S3Proxy
+from tests.support.s3_proxy import S3Proxy
+from tests.support.s3_proxy_state import Fault
 from tests.support.seaweed import Seaweed
 from timeline.clock import SystemClock
 from timeline.errors import CheckFailed, NotFound, TimelineError, Unavailable, UsageError

@@ -27,7 +27,7 @@ from tests.soak.plan import Event, SoakPlan
 from tests.soak.requests import AGENT, MOST_OFF, Compared, compare
 from tests.soak.watch import JobLine, JobWatch, SizeLine, StoreWatch
 from tests.support.daemon_process import DaemonProcess, running_daemon
-from tests.support.s3_proxy import Fault
+from tests.support.s3_proxy_state import Fault
 from timeline.lsn import Lsn
 
 

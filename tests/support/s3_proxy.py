@@ -21,244 +21,31 @@ import collections
 import contextlib
 import http.client
 import json
-import re
 import socket
 import struct
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
 from tests.support.child import die_with_parent
 from tests.support.ports import free_ports, owns_port
+from tests.support.s3_proxy_http import Body, Head
+from tests.support.s3_proxy_state import Fault, ProxyState, Stats
 
-FAULT_KINDS = (
-    "status",
-    "stall",
-    "reset-before",
-    "reset-after-commit",
-    "truncate",
-    "strip-conditional",
-    "delay",
-)
-AGENTS = 100
-_PLACE = re.compile(r"(?:/|%2F|prefix=)(wal|packs|manifests|branches|pins|marks|drills|catalog|tl\.json)")
 _HEAD_BYTES = 64 << 10
 _AHEAD_BYTES = 256 << 10
 _PACE_SECONDS = 0.002
 """Grain of the bandwidth: bytes that are due sooner than a quarter of this go at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What happens to requests that match ``verb`` and ``contains``."""
-
-    kind: str
-    """What happens:
-
-    - ``status``: answered with ``status`` and ``code``, not passed on.
-    - ``stall``: never answered, not passed on.
-    - ``reset-before``: the connection is reset, nothing is passed on.
-    - ``reset-after-commit``: passed on; the connection is reset when the server has answered.
-    - ``truncate``: half of the answer's body, then end of file.
-    - ``strip-conditional``: passed on without If-None-Match and If-Match.
-    - ``delay``: the answer is held back by ``seconds`` more.
-    """
-    verb: str = ""
-    """HTTP method, or "" for all."""
-    contains: str = ""
-    """Text that the path and query must contain."""
-    times: int = 1_000_000
-    """So many requests, then no more."""
-    skip: int = 0
-    """So many matching requests pass first."""
-    status: int = 503
-    code: str = "SlowDown"
-    """S3's error code, for ``status``."""
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in FAULT_KINDS:
-            raise ValueError(f"no such fault: {self.kind}")
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What has passed since the start or the last reset."""
-
-    requests: dict[str, int]
-    """By verb; deletions of many keys at once are ``POST``, listings ``LIST``."""
-    statuses: dict[str, int]
-    """Answers by status that came from the server."""
-    bytes_up: int
-    """Bytes of request bodies."""
-    bytes_down: int
-    """Bytes of answers' bodies."""
-    connections: int
-    """Client connections taken."""
-    open_connections: int
-    """Client connections open now."""
-    most_in_flight: int
-    """The most requests that were under way at one time."""
-    faults_injected: int
-    by_agent: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Requests that reached the server, by the client's user agent, then by verb and place: ``PUT wal``, ``LIST packs``.
-    A deletion of many keys at once is ``DELETE``."""
-
-
-class _State:
-    """What all connections share."""
-
-    def __init__(self, upstream: tuple[str, int], latency_seconds: float, bytes_per_second: float) -> None:
-        self.upstream = upstream
-        self.latency_seconds = latency_seconds
-        self.bytes_per_second = bytes_per_second
-        self.faults: list[Fault] = []
-        self.struck: list[int] = []
-        self.open_connections = 0
-        self.in_flight = 0
-        self.reset()
-
-    def reset(self) -> None:
-        self.requests: Counter[str] = Counter()
-        self.statuses: Counter[str] = Counter()
-        self.by_agent: dict[str, Counter[str]] = {}
-        self.bytes_up = 0
-        self.bytes_down = 0
-        self.connections = 0
-        self.most_in_flight = self.in_flight
-        self.faults_injected = 0
-        self.set_faults([])
-
-    def set_faults(self, faults: Sequence[Fault]) -> None:
-        self.faults = list(faults)
-        self.struck = [0] * len(self.faults)
-
-    def fault_for(self, verb: str, target: str) -> Fault | None:
-        for index, fault in enumerate(self.faults):
-            if fault.verb not in ("", verb) or fault.contains not in target:
-                continue
-            seen, self.struck[index] = self.struck[index], self.struck[index] + 1
-            if fault.skip <= seen < fault.skip + fault.times:
-                self.faults_injected += 1
-                return fault
-        return None
-
-    def passed(self, verb: str, target: str, agent: str) -> None:
-        """A request goes on to the server. Bound: AGENTS names; what more there are count as one."""
-        kind = "DELETE" if verb == "POST" and "delete" in target else verb
-        kind = "LIST" if verb == "GET" and "list-type=" in target else kind
-        if agent not in self.by_agent and len(self.by_agent) >= AGENTS:
-            agent = "others"
-        place = _PLACE.search(target)
-        self.by_agent.setdefault(agent, Counter())[f"{kind} {place[1] if place else '-'}"] += 1
-
-    def began(self, verb: str, target: str) -> None:
-        listing = verb == "GET" and "list-type=" in target
-        self.requests["LIST" if listing else verb] += 1
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-
-    def stats(self) -> Stats:
-        return Stats(
-            dict(self.requests),
-            dict(self.statuses),
-            self.bytes_up,
-            self.bytes_down,
-            self.connections,
-            self.open_connections,
-            self.most_in_flight,
-            self.faults_injected,
-            {agent: dict(counted) for agent, counted in self.by_agent.items()},
-        )
-
-
-class _Body:
-    """Finds the end of a message's body in a stream of bytes; passes the bytes themselves untouched."""
-
-    def __init__(self, head: _Head, *, answer_to: str | None = None) -> None:
-        self._chunked = False
-        self._line = b""
-        self._left: int | None = 0
-        status = head.status
-        if answer_to == "HEAD" or status in (204, 304) or 100 <= status < 200:
-            return
-        if b"chunked" in head.value(b"transfer-encoding").lower():
-            self._chunked = True
-            self._step = "size"
-        elif length := head.value(b"content-length"):
-            self._left = int(length)
-        elif answer_to is not None:
-            self._left = None  # until end of file
-
-    @property
-    def ended(self) -> bool:
-        return not self._chunked and self._left == 0
-
-    def take(self, data: bytes) -> int:
-        """How many of these bytes belong to the body."""
-        if not self._chunked:
-            if self._left is None:
-                return len(data)
-            taken = min(self._left, len(data))
-            self._left -= taken
-            return taken
-        at = 0
-        while at < len(data) and self._chunked:
-            if self._step == "data":
-                assert self._left is not None
-                step = min(self._left, len(data) - at)
-                at += step
-                self._left -= step
-                if self._left == 0:
-                    self._step = "size"
-                continue
-            end = data.find(b"\n", at)
-            if end < 0:
-                self._line += data[at:]
-                return len(data)
-            line, self._line = (self._line + data[at:end]).strip(), b""
-            at = end + 1
-            if self._step == "trailer":
-                self._chunked = bool(line)
-            elif line:
-                size = int(line.split(b";")[0], 16)
-                self._step, self._left = ("data", size + 2) if size else ("trailer", 0)
-        return at
-
-
-class _Head:
-    """Start line and header of a message."""
-
-    def __init__(self, raw: bytes) -> None:
-        self.raw = raw
-        self._lower = raw.lower()
-        first = raw.split(b"\r\n", 1)[0].split(b" ")
-        self.words = [word.decode("latin-1") for word in first]
-        self.status = int(first[1]) if first[0].startswith(b"HTTP/") else 0
-
-    def value(self, name: bytes) -> bytes:
-        at = self._lower.find(b"\r\n" + name + b":")
-        if at < 0:
-            return b""
-        at += len(name) + 3
-        return self.raw[at : self.raw.find(b"\r\n", at)].strip()
-
-    def without(self, *names: bytes) -> bytes:
-        lines = self.raw.split(b"\r\n")
-        return b"\r\n".join(
-            line for line in lines if not line.lower().startswith(tuple(name + b":" for name in names))
-        )
-
-
 class _Side(asyncio.Protocol):
     """One socket of a pair."""
 
-    def __init__(self, state: _State) -> None:
+    def __init__(self, state: ProxyState) -> None:
         self.state = state
         self.loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport | None = None
@@ -360,7 +147,7 @@ class _Side(asyncio.Protocol):
 class _Server(_Side):
     """The connection to the S3 server."""
 
-    def __init__(self, state: _State, client: _Client) -> None:
+    def __init__(self, state: ProxyState, client: _Client) -> None:
         super().__init__(state)
         self.peer: _Side | None = client
         self.client = client
@@ -376,20 +163,20 @@ class _Server(_Side):
 class _Client(_Side):
     """The connection of a client, and the exchange under way on it."""
 
-    def __init__(self, state: _State) -> None:
+    def __init__(self, state: ProxyState) -> None:
         super().__init__(state)
         self.server: _Server | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._unsent: list[bytes] = []
         self._head = b""
-        self._body: _Body | None = None
+        self._body: Body | None = None
         self._control: tuple[str, str] | None = None
         self._control_body = b""
         self._verb = ""
         self._fault: Fault | None = None
         self._under_way = False
         self._answer_head = b""
-        self._answer_body: _Body | None = None
+        self._answer_body: Body | None = None
         self._answer_left = 0
         self._held: list[bytes] | None = None
         self._held_size = 0
@@ -423,7 +210,7 @@ class _Client(_Side):
                     if len(self._head) > _HEAD_BYTES:
                         self.reset()
                     return
-                data, head = self._head[end + 4 :], _Head(self._head[: end + 4])
+                data, head = self._head[end + 4 :], Head(self._head[: end + 4])
                 self._head = b""
                 self._begin(head)
             assert self._body is not None
@@ -435,8 +222,8 @@ class _Client(_Side):
                 self._body = None
                 self._request_ended()
 
-    def _begin(self, head: _Head) -> None:
-        self._body = _Body(head)
+    def _begin(self, head: Head) -> None:
+        self._body = Body(head)
         verb, target = head.words[0], head.words[1]
         if target.startswith("/__"):
             self._control, self._control_body = (verb, target), b""
@@ -518,7 +305,7 @@ class _Client(_Side):
                 end = self._answer_head.find(b"\r\n\r\n")
                 if end < 0:
                     return
-                head = _Head(self._answer_head[: end + 4])
+                head = Head(self._answer_head[: end + 4])
                 data, self._answer_head = self._answer_head[end + 4 :], b""
                 if 100 <= head.status < 200:
                     self.write(head.raw)
@@ -536,8 +323,8 @@ class _Client(_Side):
                     self.reset()
                     return
 
-    def _begin_answer(self, head: _Head) -> None:
-        self._answer_body = _Body(head, answer_to=self._verb)
+    def _begin_answer(self, head: Head) -> None:
+        self._answer_body = Body(head, answer_to=self._verb)
         self.state.statuses[str(head.status)] += 1
         fault = self._fault
         kind = fault.kind if fault else ""
@@ -605,7 +392,7 @@ def _message(status: int, content_type: str, body: bytes) -> bytes:
     return head.encode() + body
 
 
-def _control(state: _State, verb: str, target: str, body: bytes) -> tuple[int, bytes]:
+def _control(state: ProxyState, verb: str, target: str, body: bytes) -> tuple[int, bytes]:
     try:
         if (verb, target) == ("GET", "/__stats"):
             return 200, json.dumps(asdict(state.stats())).encode()
@@ -631,7 +418,7 @@ async def serve(
     parts = urlsplit(upstream)
     if parts.hostname is None or parts.port is None:
         raise ValueError(f"not an upstream: {upstream}")
-    state = _State((parts.hostname, parts.port), latency_ms / 1e3, bandwidth_mb * 1e6)
+    state = ProxyState((parts.hostname, parts.port), latency_ms / 1e3, bandwidth_mb * 1e6)
     loop = asyncio.get_running_loop()
     async with contextlib.AsyncExitStack() as stack:
         for each in (port,) if control_port is None else (port, control_port):
