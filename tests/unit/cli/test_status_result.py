@@ -15,7 +15,7 @@ from cli.output import emit_json
 from cli.status import _daemon_state, _is_alive
 from cli.status_page import print_status
 from cli.status_result import StatusResult, make_result, slot_alarm
-from tests.support.observed_values import DAEMON, FACTS, NOW, SECOND, SOURCE
+from tests.support.observed_values import DAEMON, FACTS, NOW, SECOND, SOURCE, STORE
 
 
 def result(facts: Facts = FACTS, *, cluster: str | None = "prod") -> StatusResult:
@@ -74,6 +74,17 @@ def test_nothing_is_recoverable_yet(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == "recoverable: nothing yet (a base backup is under way)"
     assert "warning: the source could not be asked: no route" in err
+
+
+def test_a_far_store_takes_longer_to_branch_from() -> None:
+    near, far = result(), result(replace(FACTS, store=replace(STORE, url="s3://bucket/prod")))
+    assert (
+        near.replay_bytes is not None
+        and near.expected_seconds is not None
+        and far.expected_seconds is not None
+    )
+    assert near.expected_seconds == pytest.approx(1.0 + near.replay_bytes / 50e6)
+    assert far.expected_seconds == pytest.approx(2.2 + near.replay_bytes / 6e6)
 
 
 def test_the_json_keeps_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
