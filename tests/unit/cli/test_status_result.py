@@ -27,7 +27,7 @@ def test_the_page_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].startswith("recoverable from ")
-    assert lines[0].endswith("(3.0 s ago), about 11.7 s to the first query")
+    assert lines[0].endswith("(3.0 s ago), about 22.5 s to the first query")
     text = "\n".join(lines)
     assert "slot       tl_0123456789ab_main: reserved, 50.0 MiB until it is lost (limit 64.0 MiB)" in lines
     assert "base       117 min old" in lines or "base       1.9 h old" in lines
