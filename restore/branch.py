@@ -39,10 +39,12 @@ from restore.lazy_host import lazy_obstacle
 from restore.local_branch import COPY, DELETING, LAZY, READY, LocalBranch, ScriptRun, Server
 from restore.mount_damage import met_damage
 from restore.process import is_alive
+from restore.recovery import has_own_checkpoint
 from restore.threads import to_the_end
 from timeline.catalog.when import AtLsn, When
 from timeline.clock import Clock
 from timeline.errors import TimelineError, UsageError
+from timeline.pg.control import CONTROL_FILE, parse_control
 from timeline.pg.errors import FormatError
 
 _STOP_SECONDS = 60.0
@@ -315,7 +317,9 @@ class HostBranches:
             self.host.make_private(Path(server.sockets))
         if branch.mode == LAZY:
             await remount_data(directory, self.host)
-        instance = Instance(self.host, binaries, directory / "data", directory / "postgres.log")
+        data = directory / "data"
+        _check_resumable(branch, (data / CONTROL_FILE).read_bytes())
+        instance = Instance(self.host, binaries, data, directory / "postgres.log")
         starting = launch(instance)
         branch = self._save_process(branch, starting.postmaster)
         await starting.wait(self._clock, ready_seconds=ready_seconds(0))
@@ -431,6 +435,16 @@ def _check_scripts(existing: LocalBranch, scripts: Scripts) -> None:
 def _what_ran(run: ScriptRun | None) -> tuple[object, ...]:
     """Contents and place; where the files lie and how long they may take is no difference."""
     return () if run is None else (run.database, tuple(record.digest for record in run.scripts))
+
+
+def _check_resumable(branch: LocalBranch, control: bytes) -> None:
+    """Raise UsageError for a branch that ended before its first checkpoint (EDGE 57): after a built snapshot there are no
+    full-page images to mend a page that was half written."""
+    if branch.origin is not None and not has_own_checkpoint(parse_control(control), branch.origin.tli):
+        raise UsageError(
+            f"branch {branch.name!r} ended within moments of being made, before its first checkpoint",
+            hint=f"make it again: tl reset {branch.name}",
+        )
 
 
 def _server(branch: LocalBranch) -> Server:

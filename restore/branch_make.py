@@ -5,9 +5,8 @@ Crash and cancellation: everything made is in the branch's directory (and its so
 whoever finds it without its maker removes it all. A failed or cancelled make leaves its process and mount
 to the caller's clean-up, which is the same.
 
-Order that matters: nothing connects before the isolation step is done (EDGE 56, P8); the overlay counts
-as born only after promotion and the end-of-recovery checkpoint, which Postgres completes before it is
-ready (EDGE 57).
+Order that matters: nothing connects before the isolation step is done (EDGE 56, P8); a branch that has no
+checkpoint of its own yet is never resumed (EDGE 57), and Postgres begins that checkpoint when it is ready.
 """
 
 from __future__ import annotations
@@ -39,9 +38,10 @@ from restore.local_branch import COPY, LAZY, LocalBranch, Origin, Server
 from restore.metered_store import MeteredStore
 from restore.plan import BranchPlan, WalSpan, bounds_as_of, make_plan
 from restore.prefetch import Prefetcher
+from restore.recovery import Recovery, is_whole, recovery_from_feed, recovery_in_place, signal_file
 from restore.settings import branch_settings
 from restore.threads import to_the_end
-from restore.wal_files import NEVER, WHOLE_BYTES, Feed, WalReader, feed_wal, write_histories, write_wal
+from restore.wal_files import Feed, WalReader, feed_wal, write_histories, write_wal
 from timeline.catalog.history import History
 from timeline.catalog.line import incarnation_at
 from timeline.catalog.parallel import in_parallel
@@ -49,7 +49,7 @@ from timeline.catalog.target import Target
 from timeline.catalog.when import When, parse_when
 from timeline.clock import Clock
 from timeline.errors import CheckFailed, UsageError
-from timeline.format.branch_state import Incarnation, Setting
+from timeline.format.branch_state import Incarnation
 from timeline.format.file_listing import FileListing
 from timeline.format.wal_index import EventKind
 from timeline.lsn import Lsn
@@ -142,12 +142,12 @@ class BranchMaker:
         showing = show()
         read = wal_reader(history)
         creates = tablespace_creates(target)
-        if plan.replayed_bytes <= WHOLE_BYTES:
+        if is_whole(plan):
             writing = write_wal(
                 plan, read, wal, self._host, creates=creates, control=lambda: asyncio.shield(control)
             )
             await together(showing, writing)
-            postmaster = await self._recover(instance, plan, NEVER)
+            postmaster = await self._recover(instance, plan, recovery_in_place(plan))
         else:
             feed = Feed(self._directory / "feed")
             feed.create(self._host)
@@ -164,7 +164,8 @@ class BranchMaker:
             )
             try:
                 await showing
-                postmaster = await _unless(feeding, self._recover(instance, plan, feed.restore_command))
+                recovery = recovery_from_feed(plan, feed.restore_command)
+                postmaster = await _unless(feeding, self._recover(instance, plan, recovery))
             finally:
                 feeding.cancel()
                 await asyncio.gather(feeding, return_exceptions=True)
@@ -206,7 +207,7 @@ class BranchMaker:
         self._warnings += settings.warnings
         self._settings = settings
         self._files = live_directory(self.data, self._host, self.branch)
-        lay_out(self._files, plan, settings, wal)
+        lay_out(self._files, plan, settings, wal, signal=signal_file(plan))
 
     def _record(self, store: Store, plan: BranchPlan, target: Target, binaries: Binaries) -> None:
         """Write down what the branch will be, before anything is mounted or started for it."""
@@ -276,10 +277,9 @@ class BranchMaker:
 
         await to_the_end(finish)
 
-    async def _recover(self, instance: Instance, plan: BranchPlan, restore_command: str) -> Postmaster:
-        """The first start: recovery to T, promotion, end-of-recovery checkpoint."""
-        options = (*plan.recovery, Setting("restore_command", restore_command))
-        starting = launch(instance, options=options)
+    async def _recover(self, instance: Instance, plan: BranchPlan, recovery: Recovery) -> Postmaster:
+        """The first start: recovery to T and promotion."""
+        starting = launch(instance, options=recovery.options, promotes=recovery.promotes)
         self._note(starting.postmaster)
         prefetcher = None
         if self.branch.mode == LAZY and plan.replayed_bytes > (

@@ -36,6 +36,8 @@ _STATUS_LINE = 7
 _FAILURE = re.compile(r"(?:FATAL|PANIC):  (.*)")
 _DETAIL = re.compile(r"(?:DETAIL|HINT|CONTEXT):  (.*)")
 _KILL_SECONDS = 10.0
+_PROMOTE_FILE = "promote"
+_ASK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class Launch:
     postmaster: Postmaster
     _process: subprocess.Popen[bytes]
     _log_offset: int
+    _promotes: bool
 
     async def wait(self, clock: Clock, *, ready_seconds: float) -> Postmaster:
         """Wait until it is ready, at most ``ready_seconds``; call once.
@@ -73,7 +76,10 @@ class Launch:
         Nothing of it is left running then, nor when the wait is cancelled.
         """
         try:
-            await _wait_until_ready(self.instance, self._process, self._log_offset, clock, ready_seconds)
+            promotion = _Promotion(self.instance, self._process) if self._promotes else None
+            await _wait_until_ready(
+                self.instance, self._process, self._log_offset, clock, ready_seconds, promotion
+            )
         except BaseException:
             await asyncio.shield(kill(self.postmaster, clock))
             raise
@@ -83,12 +89,15 @@ class Launch:
         return self.postmaster
 
 
-def launch(instance: Instance, *, options: Sequence[Setting] = ()) -> Launch:
-    """Start Postgres; raises TimelineError when it cannot be run at all."""
+def launch(instance: Instance, *, options: Sequence[Setting] = (), promotes: bool = False) -> Launch:
+    """Start Postgres; raises TimelineError when it cannot be run at all.
+
+    ``promotes``: it starts as a standby, and is to be a primary where its WAL ends.
+    """
     # A file left by a crash may name a pid that belongs to someone else by now, and Postgres would give way.
     (instance.data / "postmaster.pid").unlink(missing_ok=True)
     process, log_offset = _spawn(instance, options)
-    return Launch(instance, Postmaster(process.pid, start_time(process.pid) or ""), process, log_offset)
+    return Launch(instance, Postmaster(process.pid, start_time(process.pid) or ""), process, log_offset, promotes)
 
 
 async def start(
@@ -151,14 +160,18 @@ async def _wait_until_ready(
     log_offset: int,
     clock: Clock,
     ready_seconds: float,
+    promotion: _Promotion | None,
 ) -> None:
     deadline = clock.monotonic() + ready_seconds
     with contextlib.closing(_LockFile(instance.data, process.pid)) as lock_file:
         while True:
             if process.poll() is not None:
                 raise _explain(instance, log_offset, process.returncode)
-            if lock_file.says_ready():
+            status = lock_file.status()
+            if status == "ready":
                 return
+            if promotion is not None and status:
+                promotion.ask(clock)
             if clock.monotonic() >= deadline:
                 raise Unavailable(
                     f"Postgres was not ready within {ready_seconds:.0f} s", hint=f"its log is {instance.log}"
@@ -175,25 +188,48 @@ class _LockFile:
         self._pid = pid
         self._fd: int | None = None
 
-    def says_ready(self) -> bool:
-        """Whether this process wrote that it is ready."""
+    def status(self) -> str:
+        """What this process wrote of itself (src/include/utils/pidfile.h), empty when it wrote nothing yet."""
         if self._fd is None:
             try:
                 self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                return False
+                return ""
         lines = os.pread(self._fd, _LOCK_FILE_BYTES, 0).decode(errors="replace").split("\n")
         if lines[0] != str(self._pid):
             # Not written yet, or another's, to be replaced.
             self.close()
-            return False
-        return len(lines) > _STATUS_LINE and lines[_STATUS_LINE].strip() == "ready"
+            return ""
+        return lines[_STATUS_LINE].strip() if len(lines) > _STATUS_LINE else ""
 
     def close(self) -> None:
         """Let it go; harmless when it is not open."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+class _Promotion:
+    """Asks a standby to be a primary where its WAL ends, as ``pg_ctl promote`` does.
+
+    A standby looks at the request only when there is no more WAL, so it may be made as soon as the server can be
+    asked: once its status is in ``postmaster.pid``.
+    """
+
+    def __init__(self, instance: Instance, process: subprocess.Popen[bytes]) -> None:
+        self._instance = instance
+        self._process = process
+        self._next = 0.0
+
+    def ask(self, clock: Clock) -> None:
+        """Do so, and again after a while: a request made before there is a startup process is not passed on."""
+        now = clock.monotonic()
+        if now < self._next:
+            return
+        if not self._next:
+            (self._instance.data / _PROMOTE_FILE).touch()
+        self._next = now + _ASK_SECONDS
+        self._process.send_signal(signal.SIGUSR1)
 
 
 def _explain(instance: Instance, log_offset: int, code: int) -> TimelineError:
@@ -248,13 +284,14 @@ async def _wait_until_gone(postmaster: Postmaster, clock: Clock, seconds: float)
 
 
 def promoted_at(data: Path, wal: Path) -> tuple[int, Lsn]:
-    """The tli a branch is on after its first start, and where it left its parent's WAL.
+    """The tli a branch is on after its first start, and where it left its parent's WAL. No checkpoint need have been made there yet.
 
     Raises TimelineError when the server has not left its parent's tli.
     """
     control = parse_control((data / CONTROL_FILE).read_bytes())
-    path = wal / history_name(control.tli)
+    tli = max(control.tli, control.min_recovery_point_tli)
+    path = wal / history_name(tli)
     rows = parse_history(path.read_text()) if path.exists() else ()
     if not rows:
         raise TimelineError(f"the branch was not promoted: {path.name} is missing")
-    return control.tli, rows[-1].end
+    return tli, rows[-1].end

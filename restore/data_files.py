@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from restore.host import Host
-from restore.plan import BACKUP_LABEL, RECOVERY_SIGNAL, BranchPlan
+from restore.plan import BACKUP_LABEL, BranchPlan
 from restore.settings import AUTO_CONF, IDENT, BranchSettings, format_conf, format_hba
 
 
@@ -69,15 +69,18 @@ class PlainDirectory:
                 os.close(descriptor)
 
 
-def lay_out(directory: PlainDirectory, plan: BranchPlan, settings: BranchSettings, wal: Path) -> None:
-    """Turn a snapshot's files into a branch's: own configuration, recovery to T, ``pg_wal`` elsewhere."""
+def lay_out(
+    directory: PlainDirectory, plan: BranchPlan, settings: BranchSettings, wal: Path, *, signal: str
+) -> None:
+    """Turn a snapshot's files into a branch's: own configuration, ``pg_wal`` elsewhere, and the file that makes its first start
+    a recovery (``signal``, restore/recovery.py)."""
     for path in plan.hidden:
         directory.whiteout(path)
     for slot in directory.names("pg_replslot"):
         directory.whiteout(f"pg_replslot/{slot}")
     configure(directory, settings, listens=False)
     directory.symlink("pg_wal", str(wal))
-    directory.put_file(RECOVERY_SIGNAL, b"")
+    directory.put_file(signal, b"")
     if plan.backup_label is not None:
         directory.put_file(BACKUP_LABEL, plan.backup_label.encode())
 

@@ -31,7 +31,8 @@ from restore.metered_store import MeteredStore
 from restore.plan import BACKUP_LABEL, RECOVERY_SIGNAL, BranchPlan, bounds_as_of
 from restore.settings import format_conf
 from restore.threads import to_the_end
-from restore.wal_files import NEVER, write_histories, write_wal
+from restore.recovery import NEVER
+from restore.wal_files import write_histories, write_wal
 from timeline.catalog.history import History
 from timeline.catalog.line import incarnation_at
 from timeline.catalog.target import Target

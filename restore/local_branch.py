@@ -16,7 +16,7 @@ FORMAT = 1
 MAKING = "making"
 """Phase: not yet offered. Found without a live maker it is debris."""
 READY = "ready"
-"""Phase: born (promotion and the end-of-recovery checkpoint are on the overlay) and offered."""
+"""Phase: promoted and offered."""
 DELETING = "deleting"
 """Phase: going away; whoever finds it finishes the job."""
 

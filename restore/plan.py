@@ -28,6 +28,7 @@ from timeline.pg.segment import (
 
 BACKUP_LABEL = "backup_label"
 RECOVERY_SIGNAL = "recovery.signal"
+STANDBY_SIGNAL = "standby.signal"
 
 _HIDDEN = (
     "backup_label.old",
@@ -100,7 +101,7 @@ class BranchPlan:
     histories: tuple[HistoryFile, ...]
     """Of every tli in the store."""
     recovery: tuple[Setting, ...]
-    """Recovery target; all but ``restore_command``."""
+    """To recover to T as a target; all but ``restore_command``."""
     events: tuple[WalEvent, ...]
     """Records among the WAL to replay that a branch must know of."""
     hidden: tuple[str, ...]

@@ -47,9 +47,6 @@ _FEED_POLL_SECONDS = 0.01
 _RECORD_WINDOW_BYTES = 3 * PAGE_BYTES
 """A creation takes about 1 KiB: with page headers it touches two pages, never three."""
 
-NEVER = "false"
-"""``restore_command`` when everything is in place."""
-
 _FEED_SCRIPT = """\
 #!/bin/sh
 # Postgres asks for the WAL file $1, to be put at $2; segments appear in the directory $3.

@@ -14,15 +14,16 @@ import psycopg
 import pytest
 
 from restore.binaries import Binaries
-from restore.compute import Instance, Postmaster, kill, promoted_at, start, stop
+from restore.compute import Instance, Postmaster, kill, launch, promoted_at, start, stop
 from restore.data_files import PlainDirectory, lay_out
 from restore.host import Host, find_host
 from restore.host_support import host_support
 from restore.icu_memory import IcuMemory
 from restore.isolation import Endpoint, isolate
-from restore.plan import BranchPlan, bounds_as_of
+from restore.plan import RECOVERY_SIGNAL, STANDBY_SIGNAL, BranchPlan, bounds_as_of
+from restore.recovery import recovery_from_feed, recovery_in_place, signal_file
 from restore.settings import branch_settings
-from restore.wal_files import NEVER, Feed, feed_wal, write_histories, write_wal
+from restore.wal_files import Feed, feed_wal, write_histories, write_wal
 from tests.support.plain_backup import PlainBackup, take_backup
 from tests.support.postgres import PostgresServer, scratch
 from timeline.clock import SystemClock
@@ -82,7 +83,7 @@ def prepare(backup: PlainBackup, lsn: Lsn, *, preload: Sequence[str] = ()) -> Pl
         port=5432,
         preload=preload,
     )
-    lay_out(PlainDirectory(root / "data", host), plan, settings, root / "wal")
+    lay_out(PlainDirectory(root / "data", host), plan, settings, root / "wal", signal=signal_file(plan))
     write_histories(plan, root / "wal", host)
     return PlainBranch(root, host, Instance(host, binaries, root / "data", root / "postgres.log"), plan)
 
@@ -92,18 +93,19 @@ async def recover(branch: PlainBranch, backup: PlainBackup, *, feeding: bool = F
     creates = [event.start for event in backup.scan(branch.plan.lsn).events
                if event.kind is EventKind.TABLESPACE_CREATE]  # fmt: skip
     feeder = None
+    recovery = recovery_in_place(branch.plan)
     if feeding:
         feed = Feed(branch.root / "feed")
         feed.create(branch.host)
-        command = feed.restore_command
+        recovery = recovery_from_feed(branch.plan, feed.restore_command)
+        (branch.instance.data / STANDBY_SIGNAL).rename(branch.instance.data / RECOVERY_SIGNAL)
         feeder = asyncio.create_task(
             feed_wal(branch.plan, backup.read, feed, branch.host, CLOCK, creates=creates)
         )
     else:
-        command = NEVER
         await write_wal(branch.plan, backup.read, branch.wal, branch.host, creates=creates)
-    options = (*branch.plan.recovery, Setting("restore_command", command))
-    branch.postmaster = await start(branch.instance, CLOCK, options=options, ready_seconds=60)
+    starting = launch(branch.instance, options=recovery.options, promotes=recovery.promotes)
+    branch.postmaster = await starting.wait(CLOCK, ready_seconds=60)
     if feeder is not None:
         await feeder
 
@@ -344,7 +346,7 @@ def test_failure_says_why_and_leaves_no_process(source: tuple[PostgresServer, Pl
         beyond = Setting("recovery_target_lsn", "F/0")
         branch.plan = dataclasses.replace(branch.plan, recovery=(*branch.plan.recovery, beyond))
         with pytest.raises(TimelineError, match="recovery ended before configured recovery target"):
-            asyncio.run(recover(branch, backup))
+            asyncio.run(recover(branch, backup, feeding=True))
         assert not (branch.instance.data / "postmaster.pid").exists()
     finally:
         shutil.rmtree(branch.root)

@@ -18,11 +18,14 @@ import contextlib
 import re
 import zlib
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timeline.errors import DamagedStore, NotFound, TimelineError, Unavailable, UsageError
 from timeline.store._arguments import check_key, check_limit, check_range
 from timeline.store.base import Listed, Refused
+
+if TYPE_CHECKING:
+    from timeline.store._s3_reads import PresignedReads
 
 _SLOWEST_BYTES_PER_SECOND = 128 << 10
 """A slower connection counts as stalled. Eight uploads of 4 MiB that share 1 MB/s are not cut."""
@@ -58,6 +61,7 @@ class S3Store:
         self._connect_seconds = connect_seconds
         self._read_seconds = read_seconds
         self._client: Any = None
+        self._reads: PresignedReads | None = None
         self._opening = asyncio.Lock()
         self._slots = asyncio.Semaphore(connections)
         self._open = contextlib.AsyncExitStack()
@@ -161,14 +165,14 @@ class S3Store:
 
     async def aclose(self) -> None:
         async with self._opening:
-            self._client = None
+            self._client = self._reads = None
             await self._open.aclose()
 
     async def _connected(self) -> Any:
         if self._client is None:
             async with self._opening:
                 if self._client is None:
-                    from timeline.store import _s3_client
+                    from timeline.store import _s3_client, _s3_reads
 
                     made = _s3_client.client_context(
                         endpoint_url=self._endpoint_url,
@@ -182,7 +186,7 @@ class S3Store:
                     except ValueError as error:
                         raise UsageError(f"{self._where}: {error}") from error
                     _s3_client.tune(client)
-                    self._client = client
+                    self._client, self._reads = client, _s3_reads.PresignedReads(client, self._bucket)
         return self._client
 
     @contextlib.asynccontextmanager
@@ -254,22 +258,37 @@ class S3Store:
         return b""
 
     async def _read(self, key: str, start: int, length: int | None) -> bytes:
-        asked: dict[str, object] = {"Bucket": self._bucket, "Key": self._prefix + key}
-        if start < 0:
-            asked["Range"] = f"bytes={start}"
-        elif length is not None:
-            asked["Range"] = f"bytes={start}-{start + length - 1}"
-        elif start > 0:
-            asked["Range"] = f"bytes={start}-"
+        wanted = _range(start, length)
         async with self._request("read", key, length or 0) as (client, patience):
-            answer = await client.get_object(**asked)
-            coming = int(answer["ContentLength"])
-            patience.reschedule(asyncio.get_running_loop().time() + self._patience(coming))
-            async with answer["Body"] as body:
-                data: bytes = await body.read()
+            if start >= 0 and length is not None and self._reads is not None:
+                async with self._reads.open(self._prefix + key, wanted) as answer:
+                    if answer is not None:
+                        headers = answer.headers
+                        data = await self._body(key, answer, headers.get("Content-Length"), patience)
+                        return _cut(key, data, start, length, headers.get("Content-Range"))
+            asked = {"Bucket": self._bucket, "Key": self._prefix + key}
+            got = await client.get_object(**asked, **({"Range": wanted} if wanted else {}))
+            async with got["Body"] as body:
+                data = await self._body(key, body, got["ContentLength"], patience)
+        return _cut(key, data, start, length, got.get("ContentRange"))
+
+    async def _body(self, key: str, body: Any, length: str | int | None, patience: asyncio.Timeout) -> bytes:
+        """All of it, in the time that its length allows."""
+        coming = int(length or 0)
+        patience.reschedule(asyncio.get_running_loop().time() + self._patience(coming))
+        data: bytes = await body.read()
         if len(data) != coming:
             raise Unavailable(f"{self._where} broke off after {len(data)} of {coming} bytes (read {key})")
-        return _cut(key, data, start, length, answer.get("ContentRange"))
+        return data
+
+
+def _range(start: int, length: int | None) -> str:
+    """Value of the Range header; empty: the whole object."""
+    if start < 0:
+        return f"bytes={start}"
+    if length is not None:
+        return f"bytes={start}-{start + length - 1}"
+    return f"bytes={start}-" if start else ""
 
 
 class _Taken(TimelineError):

@@ -1,0 +1,74 @@
+"""Ranges of objects by presigned URLs: one signature for all ranges of a key.
+
+A GetObject through botocore costs the caller's processor 1.2 ms, a presigned one over the same connections 0.2 ms, and a
+lazy mount makes thousands of them. SigV4 does not sign ``Range`` when it is not told to, so a signature serves a key until
+it is ``SIGNED_SECONDS`` old. Whatever is not a plain success is told by an ordinary request, which knows all failures; a
+server or policy that takes no presigned requests is asked no further ones.
+
+Bound: MAX_SIGNATURES signatures kept. Nothing here is logged or shown: a URL is a right to read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import yarl
+
+SIGNED_SECONDS = 300.0
+"""Used for so long; servers allow for clocks that differ by 15 minutes at most."""
+_VALID_SECONDS = 900
+MAX_SIGNATURES = 1024
+_SUCCESS = (200, 206)
+_FORBIDDEN = 403
+
+
+class PresignedReads:
+    """Reads objects of one bucket with an aiobotocore client's credentials and connections."""
+
+    def __init__(self, client: Any, bucket: str) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._signed: dict[str, tuple[yarl.URL, float]] = {}
+        # aiobotocore keeps its connections to itself; its version is pinned.
+        self._connections = client._endpoint.http_session
+        # A proxy may want to be told who asks: left to the ordinary way.
+        self._useful = not self._connections._proxy_config._proxies
+
+    @contextlib.asynccontextmanager
+    async def open(self, key: str, byte_range: str) -> AsyncIterator[Any | None]:
+        """The answer (an ``aiohttp.ClientResponse`` of status 200 or 206) to a GET of the range, or ``None``: ask in the
+        ordinary way. Raises what aiohttp and botocore raise."""
+        if not self._useful:
+            yield None
+            return
+        url, fresh = await self._url(key)
+        session = await self._connections._get_session(None)
+        headers = {"Range": byte_range, "User-Agent": self._client.meta.config.user_agent}
+        async with session.get(url, headers=headers, allow_redirects=False) as answer:
+            if answer.status in _SUCCESS:
+                yield answer
+                return
+            refused = answer.status == _FORBIDDEN
+        if refused:
+            # Credentials that have been renewed meanwhile, or presigned requests are not allowed at all.
+            self._useful = not fresh
+            self._signed.clear()
+        yield None
+
+    async def _url(self, key: str) -> tuple[yarl.URL, bool]:
+        """A URL with a signature, and whether it was made for this very request."""
+        now = asyncio.get_running_loop().time()
+        known = self._signed.get(key)
+        if known is not None and now - known[1] < SIGNED_SECONDS:
+            return known[0], False
+        if len(self._signed) >= MAX_SIGNATURES:
+            self._signed.clear()
+        text = await self._client.generate_presigned_url(
+            "get_object", Params={"Bucket": self._bucket, "Key": key}, ExpiresIn=_VALID_SECONDS
+        )
+        url = yarl.URL(text, encoded=True)
+        self._signed[key] = (url, now)
+        return url, True
