@@ -94,6 +94,7 @@ class BranchMaker:
         self._environ = environ
         self._warnings: list[str] = []
         self._near = False
+        self._prefetcher: Prefetcher | None = None
 
     @property
     def data(self) -> Path:
@@ -116,6 +117,8 @@ class BranchMaker:
         try:
             return await self._make(self.store)
         finally:
+            if self._prefetcher is not None:
+                self._prefetcher.stop()
             await self.store.aclose()
 
     async def _make(self, store: Store) -> LocalBranch:
@@ -130,6 +133,10 @@ class BranchMaker:
         plan = plan_branch(history, target, incarnation)
         self._warnings += [*await history.remarks(target.tli), *_remarks(target)]
         self._record(store, plan, target, binaries)
+        if self.branch.mode == LAZY and plan.replayed_bytes > (
+            NEAR_PREFETCH_BYTES if self._near else PREFETCH_BYTES
+        ):
+            self._prefetcher = Prefetcher.begin(self._directory)
         wal = self._host.make_private(self._directory / "wal")
         write_histories(plan, wal, self._host)
         instance = Instance(self._host, binaries, self.data, self._directory / "postgres.log")
@@ -281,17 +288,14 @@ class BranchMaker:
         """The first start: recovery to T and promotion."""
         starting = launch(instance, options=recovery.options, promotes=recovery.promotes)
         self._note(starting.postmaster)
-        prefetcher = None
-        if self.branch.mode == LAZY and plan.replayed_bytes > (
-            NEAR_PREFETCH_BYTES if self._near else PREFETCH_BYTES
-        ):
-            prefetcher = Prefetcher.start(plan, self._directory, self.data)
+        if self._prefetcher is not None:
+            self._prefetcher.work(plan, self._directory, self.data, near=self._near)
         syncing = asyncio.ensure_future(to_the_end(self._sync))
         try:
             postmaster = await starting.wait(self._clock, ready_seconds=ready_seconds(plan.replayed_bytes))
         finally:
-            if prefetcher is not None:
-                prefetcher.stop()
+            if self._prefetcher is not None:
+                self._prefetcher.stop()
             await asyncio.gather(syncing, return_exceptions=True)
         syncing.result()
         return postmaster

@@ -29,9 +29,9 @@ from restore.eager import Progress, read_listing, write_control, write_files
 from restore.host import Account, Host, told_plainly
 from restore.metered_store import MeteredStore
 from restore.plan import BACKUP_LABEL, RECOVERY_SIGNAL, BranchPlan, bounds_as_of
+from restore.recovery import NEVER
 from restore.settings import format_conf
 from restore.threads import to_the_end
-from restore.recovery import NEVER
 from restore.wal_files import write_histories, write_wal
 from timeline.catalog.history import History
 from timeline.catalog.line import incarnation_at

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from restore.cache import DiskCache, WouldBlock
+from restore.extent_runs import MAX_GAP_BYTES, coalesce, frame_of, range_of
+from restore.frames_ahead import FramesAhead, Pace
 from timeline.clock import Clock
 from timeline.errors import DamagedStore, TimelineError, Unavailable
 from timeline.format import keys
@@ -34,8 +36,6 @@ _T = TypeVar("_T")
 MAX_REQUESTS = 32
 MAX_BACKGROUND = 24
 MAX_RUN_BYTES = 1 << 20
-MAX_GAP_BYTES = 32 << 10
-"""Bytes nobody asked for that are read rather than making another request."""
 MEMORY_BYTES = 8 << 20
 AHEAD_BYTES = 16 << 20
 """Fetched or being fetched and not asked for yet; more is refused, for read-ahead is only a help."""
@@ -108,6 +108,8 @@ class Fetcher:
         self._dispatching = False
         self._requests = asyncio.Semaphore(MAX_REQUESTS)
         self._background = asyncio.Semaphore(MAX_BACKGROUND)
+        self._pace = Pace()
+        self._frames = FramesAhead(self._get, self._pace, clock)
         self._storing_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -123,6 +125,9 @@ class Fetcher:
         if raw is not None:
             self.counters.memory_hits += 1
             return raw if start == 0 and stop >= len(raw) else raw[start:stop]
+        raw = self._from_frame(ref)
+        if raw is not None:
+            return raw[start:stop]
         try:
             part = self._cache.load_part(ref.digest, start, stop)
         except WouldBlock:
@@ -143,7 +148,7 @@ class Fetcher:
         runs = coalesce(list(unique.values()), max_gap_bytes=MAX_GAP_BYTES, max_run_bytes=MAX_RUN_BYTES)
         try:
             for run in runs:
-                key, start, length = _range_of(run)
+                key, start, length = range_of(run)
                 data = store.get_now(key, start, length)
                 if data is None:
                     return None
@@ -151,7 +156,7 @@ class Fetcher:
                 self.counters.fetched_bytes += length
                 view = memoryview(data)
                 for ref in run:
-                    found[ref.digest] = decode_extent(_frame(view, start, ref), ref, key)
+                    found[ref.digest] = decode_extent(frame_of(view, start, ref), ref, key)
         except TimelineError:
             return None
         self.counters.extents += len(found)
@@ -184,13 +189,17 @@ class Fetcher:
         """
         for number, ref in enumerate(refs):
             digest = ref.digest
-            known = digest in self._memory or digest in self._ahead or digest in self._flights
-            if known or self._cache.has(digest):
+            if self._is_here(digest):
                 continue
             if not self._make_room(ref.raw_bytes):
                 return number
             self._flight(ref, background=True)
         return len(refs)
+
+    async def fetch_ahead(self, refs: Sequence[ExtentRef]) -> None:
+        """Bring what a replay is known to want near, in few requests; returns when it is there or could not be had."""
+        missing = {ref.digest: ref for ref in refs if not self._is_here(ref.digest)}
+        await self._frames.fetch(list(missing.values()))
 
     async def fetch_all(self, refs: Sequence[ExtentRef], *, max_gap_bytes: int, max_run_bytes: int) -> None:
         """Bring all of them into memory and cache in few large requests; raises what a request raised."""
@@ -251,12 +260,31 @@ class Fetcher:
         self._memory_bytes = 0
         self._ahead_bytes -= sum(len(raw) for raw, _ in self._ahead.values())
         self._ahead.clear()
+        self._frames.clear()
 
     async def aclose(self) -> None:
         """Wait for what is under way."""
         while self._queue or self._tasks:
             self._dispatch()
             await asyncio.wait(set(self._tasks))
+
+    def _is_here(self, digest: bytes) -> bool:
+        """Whether the extent is here or on its way."""
+        near = digest in self._memory or digest in self._ahead or digest in self._frames
+        return near or digest in self._flights or self._cache.has(digest)
+
+    def _from_frame(self, ref: ExtentRef) -> bytes | None:
+        """The extent out of a frame fetched ahead; a damaged one is left to be fetched again."""
+        frame = self._frames.take(ref.digest)
+        if frame is None:
+            return None
+        raw = _decode(memoryview(frame), ref.offset, ref, keys.pack(ref.pack))
+        if not isinstance(raw, bytes):
+            return None
+        self.counters.extents += 1
+        self._remember(ref.digest, raw)
+        self._keep_on_disk(ref.digest, raw)
+        return raw
 
     async def _wait(self, error: Unavailable, pause: float, deadline: float) -> float:
         """Sleep before another try; the next pause. Raises the error when the deadline would pass."""
@@ -332,7 +360,7 @@ class Fetcher:
         return [flight for flight in run if not flight.future.done()]
 
     async def _read_run(self, run: list[_Flight]) -> None:
-        key, start, length = _range_of([flight.ref for flight in run])
+        key, start, length = range_of([flight.ref for flight in run])
         data = memoryview(await self._get(key, start, length))
 
         def decode() -> list[bytes | DamagedStore]:
@@ -346,6 +374,7 @@ class Fetcher:
             self._land(flight, outcome)
 
     async def _get(self, key: str, start: int, length: int) -> bytes:
+        began = self._clock.monotonic()
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
                 data = await self._store.get(key, start, length)
@@ -355,6 +384,7 @@ class Fetcher:
         except TimelineError:
             self.counters.failures += 1
             raise
+        self._pace.note(length, self._clock.monotonic() - began)
         self.counters.requests += 1
         self.counters.fetched_bytes += len(data)
         return data
@@ -414,21 +444,6 @@ class Fetcher:
         task.add_done_callback(self._tasks.discard)
 
 
-def coalesce(refs: Sequence[ExtentRef], *, max_gap_bytes: int, max_run_bytes: int) -> list[list[ExtentRef]]:
-    """Cut extents into runs of one pack that are read at once."""
-    runs: list[list[ExtentRef]] = []
-    pack, start, end = "", 0, 0
-    for ref in sorted(refs, key=lambda ref: (ref.pack, ref.offset)):
-        close = ref.pack == pack and ref.offset - end <= max_gap_bytes
-        if runs and close and ref.offset + ref.stored_bytes - start <= max_run_bytes:
-            runs[-1].append(ref)
-        else:
-            runs.append([ref])
-            pack, start, end = ref.pack, ref.offset, ref.offset
-        end = max(end, ref.offset + ref.stored_bytes)
-    return runs
-
-
 def _runs(flights: Sequence[_Flight], *, max_gap_bytes: int, max_run_bytes: int) -> list[list[_Flight]]:
     flight_of = {flight.ref.digest: flight for flight in flights}
     refs = [flight.ref for flight in flights]
@@ -436,21 +451,9 @@ def _runs(flights: Sequence[_Flight], *, max_gap_bytes: int, max_run_bytes: int)
     return [[flight_of[ref.digest] for ref in run] for run in runs]
 
 
-def _range_of(run: Sequence[ExtentRef]) -> tuple[str, int, int]:
-    """Key, first byte and length of what holds a run's frames."""
-    start = min(ref.offset for ref in run)
-    end = max(ref.offset + ref.stored_bytes for ref in run)
-    return keys.pack(run[0].pack), start, end - start
-
-
-def _frame(data: memoryview, start: int, ref: ExtentRef) -> memoryview:
-    at = ref.offset - start
-    return data[at : at + ref.stored_bytes]
-
-
 def _decode(data: memoryview, start: int, ref: ExtentRef, key: str) -> bytes | DamagedStore:
     try:
-        return decode_extent(_frame(data, start, ref), ref, key)
+        return decode_extent(frame_of(data, start, ref), ref, key)
     except DamagedStore as error:
         return error
 

@@ -14,13 +14,13 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from restore.fuse_loop import pyfuse3
-from restore.mount_control import PREFETCH_ATTRIBUTE, STATS_ATTRIBUTE, decode_prefetch
+from restore.mount_control import PREFETCH_ATTRIBUTE, STATS_ATTRIBUTE, BlockRange, decode_prefetch
 from restore.overlay import DIRECTORY, FILE, SYMLINK
 from restore.tree import ROOT, Tree
 from restore.tree_node import Attributes
@@ -29,6 +29,8 @@ from timeline.errors import TimelineError
 _log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+FetchAhead = Callable[[Iterable[BlockRange]], Awaitable[None]]
 
 _CACHED_SECONDS = 86_400.0
 _KINDS = {FILE: stat.S_IFREG, DIRECTORY: stat.S_IFDIR, SYMLINK: stat.S_IFLNK}
@@ -92,10 +94,13 @@ class MountOperations(pyfuse3.Operations):  # type: ignore[misc]
         gid: int,
         durable: bool,
         begun: Callable[[], None] = lambda: None,
+        fetch_ahead: FetchAhead | None = None,
     ) -> None:
-        """``begun`` is called once the kernel and the mount have agreed on the session's terms."""
+        """``begun`` is called once the kernel and the mount have agreed on the session's terms; ``fetch_ahead`` gets what others
+        say will be wanted, and does not raise what the store raises."""
         super().__init__()
         self._begun = begun
+        self._fetch_ahead = fetch_ahead
         self._tree = tree
         self._pool = pool
         self._uid = uid
@@ -281,10 +286,9 @@ class MountOperations(pyfuse3.Operations):  # type: ignore[misc]
         if inode == ROOT and name == STATS_ATTRIBUTE:
             self.write_stats()
             return
-        if inode != ROOT or name != PREFETCH_ATTRIBUTE:
+        if inode != ROOT or name != PREFETCH_ATTRIBUTE or self._fetch_ahead is None:
             raise OSError(errno.EOPNOTSUPP, "no attributes")
-        for wanted in decode_prefetch(value):
-            self._tree.prefetch(wanted.path, wanted.groups)
+        await self._fetch_ahead(decode_prefetch(value))
 
     def _forget_pages(self, inode: int) -> None:
         """After a write that failed: the kernel would keep showing what it could not write.

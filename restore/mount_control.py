@@ -11,8 +11,6 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from timeline.format.extent import GROUP_BLOCKS
-
 PREFETCH_ATTRIBUTE = b"user.tl.prefetch"
 STATS_ATTRIBUTE = b"user.tl.stats"
 _MAX_VALUE_BYTES = 60_000
@@ -28,15 +26,10 @@ class BlockRange:
     first_block: int
     blocks: int
 
-    @property
-    def groups(self) -> range:
-        """The groups they lie in."""
-        return range(self.first_block // GROUP_BLOCKS, -(-(self.first_block + self.blocks) // GROUP_BLOCKS))
-
 
 def prefetch(mountpoint: str | os.PathLike[str], wanted: Iterable[BlockRange]) -> None:
-    """Ask the mount to begin fetching; returns at once, promises nothing. Raises OSError when there is no
-    mount."""
+    """Ask the mount to fetch ahead; returns when it has, or after seconds, and promises nothing. Raises OSError when
+    there is no mount."""
     lines: list[bytes] = []
     held = 0
     for blocks in wanted:

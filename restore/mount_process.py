@@ -21,7 +21,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -31,8 +31,9 @@ from restore.cache import DiskCache
 from restore.fetcher import Counters, Fetcher
 from restore.fuse_loop import pyfuse3
 from restore.mount import MountOperations
+from restore.mount_control import BlockRange
 from restore.mount_spec import MountSpec, MountStats, decode_spec
-from restore.overlay import Overlay
+from restore.overlay import FILE, Overlay
 from restore.pin_keeper import keep_pinned
 from restore.source import ExtentSource
 from restore.tree import Tree
@@ -40,6 +41,7 @@ from timeline.catalog.branch_log import read_head
 from timeline.clock import Clock, SystemClock
 from timeline.errors import TimelineError
 from timeline.format.branch_state import Snapshot
+from timeline.format.file_listing import FileListing
 from timeline.format.value_json import to_json
 from timeline.store.base import Store
 from timeline.store.open import open_store
@@ -57,6 +59,8 @@ DETACHED_SECONDS = 3.0
 """How long a detached mount goes on serving whoever still has files open."""
 PIN_DELAY_SECONDS = 3.0
 """A branch starts before it is pinned: collection is hours away, and its user waits."""
+AHEAD_SECONDS = 5.0
+"""Whoever asks for what will be wanted waits no longer than this."""
 _IDLE_WORKERS = 8
 _LOG_BYTES = 16 << 20
 """A log longer than this at the start of a mount is begun anew."""
@@ -90,6 +94,7 @@ async def serve(spec: MountSpec, clock: Clock, ready: Ready) -> None:
             gid=spec.gid,
             durable=spec.durable,
             begun=lambda: _tune(spec.mountpoint),
+            fetch_ahead=lambda wanted: _fetch_ahead(source, listing, wanted),
         )
         boot = await stack.enter_async_context(_background(_fetch_boot_set(source)))
         mount_table.detach_stale(spec.mountpoint)
@@ -205,13 +210,23 @@ async def _keep_pinned(store: Store, spec: MountSpec, clock: Clock) -> None:
 
 
 async def _fetch_boot_set(source: ExtentSource) -> int:
-    """Footers first, for every look-up needs them; a failure is left to whoever needs the bytes."""
+    """With the footers, which every look-up needs; a failure is left to whoever needs the bytes."""
     try:
-        await source.with_reload(source.open_index)
-        return await source.fetch_boot_set()
+        _, fetched = await asyncio.gather(source.with_reload(source.open_index), source.fetch_boot_set())
+        return fetched
     except TimelineError as error:
         _log.warning("boot set: %s", error.message)
         return 0
+
+
+async def _fetch_ahead(source: ExtentSource, listing: FileListing, wanted: Iterable[BlockRange]) -> None:
+    """At most AHEAD_SECONDS; what is not known of, or fails, is left to whoever needs the bytes."""
+    rows = [(row, blocks) for blocks in wanted if (row := listing.get(blocks.path)) is not None]
+    try:
+        async with asyncio.timeout(AHEAD_SECONDS):
+            await source.fetch_ahead([(row, blocks) for row, blocks in rows if row.kind == FILE])
+    except (TimelineError, TimeoutError) as error:
+        _log.info("fetching ahead: %s", error)
 
 
 async def _reload_snapshot(store: Store, spec: MountSpec) -> Snapshot | None:

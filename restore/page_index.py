@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from restore.fetcher import Fetcher
@@ -21,6 +21,7 @@ from timeline.lsn import Lsn
 
 ROWS_BYTES = 24 << 20
 MAX_ANSWERS = 4096
+_STRIDE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,20 @@ class Piece:
     first_block: int
     blocks: int
     ref: ExtentRef
+
+
+@dataclass(frozen=True, slots=True)
+class GroupWanted:
+    """A group of a file of the snapshot, of which some blocks are wanted."""
+
+    path: str
+    group: int
+    blocks: int
+    """How many blocks of the group lie inside the file."""
+    born: Lsn
+    first: int
+    """The wanted ones, as blocks of the group."""
+    end: int
 
 
 class PageIndex:
@@ -66,6 +81,38 @@ class PageIndex:
             return None
         answer = self._resolve(self._footers, path, group, blocks, born)
         return answer if isinstance(answer, tuple) else None
+
+    async def pieces_of_many(self, wanted: Sequence[GroupWanted]) -> AsyncIterator[tuple[GroupWanted, tuple[Piece, ...]]]:
+        """The pieces of many groups, in any order, and what has to be read for them at once; raises as ``pieces``.
+
+        Gives way to others now and then. What is read and does not stay in memory for long enough is left out.
+        """
+        await self.open()
+        footers = self._footers
+        if footers is None:
+            raise RuntimeError("the index was not opened")
+        left = list(wanted)
+        for _ in range(len(footers) + 1):
+            missing: set[_Missing] = set()
+            again: list[GroupWanted] = []
+            for number, want in enumerate(left):
+                if number % _STRIDE == _STRIDE - 1:
+                    await asyncio.sleep(0)
+                known = self._answers.get((want.path, want.group))
+                answer = (
+                    known
+                    if known is not None
+                    else self._resolve(footers, want.path, want.group, want.blocks, want.born)
+                )
+                if isinstance(answer, _Missing):
+                    missing.add(answer)
+                    again.append(want)
+                else:
+                    yield want, answer
+            if not missing:
+                return
+            left = again
+            await asyncio.gather(*(self._load(footers, each.manifest, each.row_group) for each in missing))
 
     async def pieces(self, path: str, group: int, blocks: int, born: Lsn) -> tuple[Piece, ...]:
         """The same, after reading what is needed; raises Unavailable, NotFound, DamagedStore."""

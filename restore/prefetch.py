@@ -1,27 +1,30 @@
 """Have in the kernel's page cache what a replay will read, before the replay gets there.
 
-A process of its own beside the first start: it reads the same private segment files, finds out which blocks
-replay will read (replay_reads) and reads them through the mount, a group of 16 at a time where replay will want
-several. So the store's latency is paid in parallel, and Postgres, which asks for 8 KiB at a time, is answered by
-the kernel rather than by the mount. It is a help and nothing more: it may fail, or be late, and is stopped when
-the server is ready.
+A process of its own: it reads the same private segment files, finds out which blocks replay will read (replay_reads),
+has the mount fetch them from a store that is far away, many to a request, and reads them through the mount. So the
+store's latency is paid in parallel, and Postgres, which asks for 8 KiB at a time, is answered by the kernel rather than
+by the mount. It is a help and nothing more: it may fail, or be late, and is stopped when the server is ready.
 
-numba is imported by the child alone. Bounds: one segment and ``WINDOW_BYTES`` of WAL in memory, ``READERS`` reads
-at once, ``OPEN_FILES`` files open; ahead of them ``BATCH_BYTES`` asked of the mount.
+numba is imported by the child alone, which is begun while the branch is still being planned out, and told its task when
+the mount stands. Bounds: one segment and ``WINDOW_BYTES`` of WAL in memory, ``READERS`` reads at once, ``OPEN_FILES`` files
+open; the blocks of two windows asked of the mount.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from restore.mount_control import BlockRange, prefetch
 from restore.plan import BranchPlan, SegmentFile
@@ -31,12 +34,14 @@ from timeline.format.extent import BLOCK_BYTES
 from timeline.format.value_json import from_json, to_json
 from timeline.lsn import Lsn
 
-WINDOW_BYTES = 4 << 20
+if TYPE_CHECKING:
+    from restore.replay_reads import ReplayReads
+
+WINDOW_BYTES = 16 << 20
 """WAL looked at together: what replay reads is asked for in the order of files within a window, of WAL between
 windows."""
 READERS = 4
 OPEN_FILES = 64
-BATCH_BYTES = 4 << 20
 _WAIT_SECONDS = 60.0
 _POLL_SECONDS = 0.01
 _STATUS_DIRECTORIES = ("pg_xact", "pg_multixact/offsets", "pg_multixact/members", "pg_commit_ts")
@@ -58,6 +63,8 @@ class PrefetchTask:
     relation_segment_bytes: int
     tablespace_directory: str
     """Name of the version's directory inside a tablespace, ``PG_15_202209061``."""
+    near: bool
+    """Whether the store is on this host: then there is nothing to fetch ahead."""
 
 
 class Prefetcher:
@@ -67,8 +74,18 @@ class Prefetcher:
         self._process = process
 
     @classmethod
-    def start(cls, plan: BranchPlan, directory: Path, data: Path) -> Prefetcher:
-        """Begin to prefetch for a branch in that directory."""
+    def begin(cls, directory: Path) -> Prefetcher:
+        """Start the child for a branch in that directory: it imports what it needs."""
+        root = os.fspath(Path(__file__).parent.parent)
+        code = f"import sys; sys.path.insert(0, {root!r}); from restore.prefetch import main; main()"
+        with (directory / "prefetch.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=log, stderr=log, cwd="/"
+            )
+        return cls(process)
+
+    def work(self, plan: BranchPlan, directory: Path, data: Path, *, near: bool) -> None:
+        """Have it prefetch: the mount stands, and segments appear."""
         task = PrefetchTask(
             data=str(data),
             places=(str(directory / "feed"), str(directory / "wal")),
@@ -78,28 +95,31 @@ class Prefetcher:
             segment_bytes=plan.incarnation.segment_bytes,
             relation_segment_bytes=plan.incarnation.relation_segment_bytes,
             tablespace_directory=f"PG_{plan.incarnation.major}_{plan.incarnation.catalog_version}",
+            near=near,
         )
-        root = os.fspath(Path(__file__).parent.parent)
-        code = f"import sys; sys.path.insert(0, {root!r}); from restore.prefetch import main; main()"
-        with (directory / "prefetch.log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=log, stderr=log, cwd="/"
-            )
-        if process.stdin is not None:
-            process.stdin.write(json.dumps(to_json(task)).encode())
-            process.stdin.close()
-        return cls(process)
+        if self._process.stdin is not None:
+            # It is a help and nothing more: one that has died is not missed.
+            with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
+                pipe.write(json.dumps(to_json(task)).encode())
 
     def stop(self) -> None:
         """End it; harmless when it has ended."""
         self._process.kill()
         self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
 
 def main() -> None:
     """The child."""
+    from restore import replay_reads
+
+    replay_reads.prepare()
+    told = sys.stdin.read()
+    if not told:
+        return
     try:
-        run(from_json(PrefetchTask, json.load(sys.stdin)), SystemClock())
+        run(from_json(PrefetchTask, json.loads(told)), SystemClock())
     except (TimelineError, OSError, ValueError) as error:
         print(f"prefetch: {error}", file=sys.stderr)
 
@@ -108,11 +128,28 @@ def run(task: PrefetchTask, clock: Clock) -> None:
     """Read everything; raises OSError, WalFormatError and TimelineError."""
     from restore.replay_reads import ReplayReads
 
+    data = Path(task.data)
     reads = ReplayReads(task.segment_bytes, task.relation_segment_bytes, task.tablespace_directory)
-    with Warmer(Path(task.data)) as warmer:
-        warmer.read(status_files(Path(task.data)))
-        for start, wal in windows(task, clock):
-            warmer.read(reads.of(wal, start))
+    with Warmer(data) as warmer, ThreadPoolExecutor(1) as ahead:
+        fetched: list[BlockRange] = []
+        fetching: Future[None] | None = None
+        for wanted in _wanted(task, reads, clock):
+            # The mount fetches the blocks of one window while those of the one before are read.
+            before, fetching = fetching, None if task.near else ahead.submit(prefetch, data, wanted)
+            if before is not None:
+                before.result()
+            warmer.read(fetched)
+            fetched = wanted
+        if fetching is not None:
+            fetching.result()
+        warmer.read(fetched)
+
+
+def _wanted(task: PrefetchTask, reads: ReplayReads, clock: Clock) -> Iterator[list[BlockRange]]:
+    """What replay reads, part by part."""
+    yield list(status_files(Path(task.data)))
+    for start, wal in windows(task, clock):
+        yield reads.of(wal, start)
 
 
 class Warmer:
@@ -131,21 +168,12 @@ class Warmer:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def read(self, wanted: Iterable[BlockRange]) -> None:
-        """All of it; what cannot be read is left to whoever needs it. Raises OSError without a mount."""
-        waiting: list[BlockRange] = []
-        for batch in _batches(wanted):
-            # The mount fetches one batch while the one before it is read.
-            prefetch(self._data, batch)
-            self._read(waiting)
-            waiting = batch
-        self._read(waiting)
-
-    def _read(self, batch: list[BlockRange]) -> None:
-        found = [(fd, one) for one in batch if (fd := self._open(one.path)) is not None]
-        list(self._pool.map(lambda pair: _read_range(*pair), found))
-        while len(self._files) > OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
+    def read(self, wanted: Sequence[BlockRange]) -> None:
+        """All of it, a file at a time; what cannot be read is left to whoever needs it."""
+        for path, blocks in itertools.groupby(wanted, key=lambda one: one.path):
+            fd = self._open(path)
+            if fd is not None:
+                list(self._pool.map(functools.partial(_read_range, fd), blocks))
 
     def _open(self, path: str) -> int | None:
         """A descriptor; ``None`` for a file that replay has removed, or not made yet."""
@@ -157,7 +185,9 @@ class Warmer:
                 return None
             # Nothing beyond what is asked for.
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        self._files[path] = fd
+            if len(self._files) == OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[path] = fd
         self._files.move_to_end(path)
         return fd
 
@@ -165,19 +195,6 @@ class Warmer:
 def _read_range(fd: int, wanted: BlockRange) -> None:
     with contextlib.suppress(OSError):
         os.pread(fd, wanted.blocks * BLOCK_BYTES, wanted.first_block * BLOCK_BYTES)
-
-
-def _batches(wanted: Iterable[BlockRange]) -> Iterator[list[BlockRange]]:
-    batch: list[BlockRange] = []
-    held = 0
-    for one in wanted:
-        batch.append(one)
-        held += one.blocks * BLOCK_BYTES
-        if held >= BATCH_BYTES:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
 
 
 def status_files(data: Path) -> Iterator[BlockRange]:

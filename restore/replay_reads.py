@@ -28,6 +28,11 @@ Relation = tuple[int, int, int, int]
 """Tablespace, database, relfilenode, fork."""
 
 
+def prepare() -> None:
+    """Have loaded what looking at WAL takes, numba among it."""
+    ReplayReads(16 << 20, 1 << 30, "").of(bytes(BLOCK_BYTES), Lsn(0))
+
+
 class ReplayReads:
     """Fed with WAL in order, tells of every block once. Memory: 8 bytes for each block touched."""
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TypeVar
 
 from restore.fetcher import Fetcher
-from restore.page_index import PageIndex, Piece
+from restore.mount_control import BlockRange
+from restore.page_index import GroupWanted, PageIndex, Piece
 from timeline.errors import MissingObject, NotFound, TimelineError
 from timeline.format import keys
 from timeline.format.branch_state import Snapshot
@@ -83,6 +84,23 @@ class ExtentSource:
                 _log.info("read-ahead: %s", error.message)
 
         self._indexing = asyncio.get_running_loop().create_task(read())
+
+    async def fetch_ahead(self, wanted: Sequence[tuple[FileRow, BlockRange]]) -> None:
+        """Bring blocks that will be wanted near, those of a replay (restore/frames_ahead.py); raises Unavailable, DamagedStore,
+        MissingObject."""
+        groups = [group for row, blocks in wanted for group in _groups_wanted(row, blocks)]
+
+        async def attempt() -> None:
+            refs = []
+            async for want, pieces in self.index.pieces_of_many(groups):
+                refs += [
+                    piece.ref
+                    for piece in pieces
+                    if piece.first_block < want.end and want.first < piece.first_block + piece.blocks
+                ]
+            await self.fetcher.fetch_ahead(refs)
+
+        await self.with_reload(attempt)
 
     async def with_reload(self, attempt: Callable[[], Awaitable[_T]]) -> _T:
         """What ``attempt`` gives; when an object is missing, once more with the snapshot read anew."""
@@ -220,6 +238,20 @@ class SourceFile:
             return _joined(parts, start, stop)
 
         return await self._source.with_reload(attempt)
+
+
+def _groups_wanted(row: FileRow, wanted: BlockRange) -> Iterator[GroupWanted]:
+    last = min(wanted.first_block + wanted.blocks, -(-row.size // BLOCK_BYTES))
+    for group in range(wanted.first_block // GROUP_BLOCKS, -(-last // GROUP_BLOCKS)):
+        origin = group * GROUP_BLOCKS
+        yield GroupWanted(
+            path=row.path,
+            group=group,
+            blocks=min(GROUP_BLOCKS, -(-(row.size - group * GROUP_BYTES) // BLOCK_BYTES)),
+            born=row.born,
+            first=max(wanted.first_block - origin, 0),
+            end=min(last - origin, GROUP_BLOCKS),
+        )
 
 
 def _groups(offset: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -31,7 +31,6 @@ from restore.tree_node import (
     shown_kind,
     shown_mode,
 )
-from timeline.format.extent import GROUP_BYTES
 from timeline.format.file_listing import FileListing
 from timeline.format.manifest import FileRow
 
@@ -264,14 +263,6 @@ class Tree:
         path = self._path(node)
         if not node.gone and self.overlay.lookup(path) is not None:
             self.overlay.set_mtime(path, mtime_ns)
-
-    def prefetch(self, path: str, groups: range) -> None:
-        """Begin to fetch groups of a snapshot's file; unknown paths and groups are left out."""
-        row = self._listing.get(path)
-        if row is None or row.kind != FILE:
-            return
-        last = -(-row.size // GROUP_BYTES)
-        self._content(row).read_ahead(range(groups.start, min(groups.stop, last)))
 
     # Names.
 

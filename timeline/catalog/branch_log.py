@@ -33,7 +33,7 @@ ATTEMPTS = 24
 _WAIT_SECONDS = 0.02
 """Upper bound of the random wait after the first lost race; doubles up to _LONGEST_WAIT_SECONDS."""
 _LONGEST_WAIT_SECONDS = 2.0
-_GETS = 16
+_GETS = 32
 """Entries fetched at once while walking back."""
 
 
@@ -229,9 +229,8 @@ async def _head_at(store: Store, branch: str, newest: int, known: LogHead | None
         if entry.number == checkpoint:
             raise DamagedStore(keys.log_entry(branch, entry.number), 0, "expected a state in this entry")
         if not earlier:
-            earlier = await _read_entries(
-                store, branch, range(max(entry.number - _GETS, below), entry.number)
-            )
+            # All of them at once: while states are small they are in every entry, and then in none between checkpoints.
+            earlier = await _read_entries(store, branch, range(below, entry.number))
         entry = earlier.pop()
     return LogHead(newest, _replay(entry.state, since[::-1]))
 

@@ -304,6 +304,8 @@ async def _last_commit(reader: RunReader, before: Lsn) -> Commit | None:
     pieces = reversed(reader.run.between(reader.run.start, before))
     for piece in filter(_may_hold_commits, pieces):
         for part in filter(_may_hold_commits, reversed(await reader.parts(piece))):
+            if part.start >= before:
+                continue
             for entry in reversed(await reader.entries(part)):
                 rows = np.flatnonzero(
                     np.isin(entry.commits["kind"], _COMMITTED) & (entry.commits["start"] < before)

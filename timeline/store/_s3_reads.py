@@ -39,14 +39,16 @@ class PresignedReads:
 
     @contextlib.asynccontextmanager
     async def open(self, key: str, byte_range: str) -> AsyncIterator[Any | None]:
-        """The answer (an ``aiohttp.ClientResponse`` of status 200 or 206) to a GET of the range, or ``None``: ask in the
-        ordinary way. Raises what aiohttp and botocore raise."""
+        """The answer (an ``aiohttp.ClientResponse`` of status 200 or 206) to a GET of the range (a header's value, empty: of
+        all), or ``None``: ask in the ordinary way. Raises what aiohttp and botocore raise."""
         if not self._useful:
             yield None
             return
         url, fresh = await self._url(key)
         session = await self._connections._get_session(None)
-        headers = {"Range": byte_range, "User-Agent": self._client.meta.config.user_agent}
+        headers = {"User-Agent": self._client.meta.config.user_agent}
+        if byte_range:
+            headers["Range"] = byte_range
         async with session.get(url, headers=headers, allow_redirects=False) as answer:
             if answer.status in _SUCCESS:
                 yield answer

@@ -260,7 +260,7 @@ class S3Store:
     async def _read(self, key: str, start: int, length: int | None) -> bytes:
         wanted = _range(start, length)
         async with self._request("read", key, length or 0) as (client, patience):
-            if start >= 0 and length is not None and self._reads is not None:
+            if self._reads is not None:
                 async with self._reads.open(self._prefix + key, wanted) as answer:
                     if answer is not None:
                         headers = answer.headers

@@ -1,0 +1,128 @@
+"""Extents that a replay is known to want, fetched many to a request and kept as they are stored until they are asked for.
+
+A replay reads single pages of groups all over a database. Which ones is known beforehand (restore/prefetch.py), and an
+extent is a tenth of its group while it is compressed; so hundreds of them are fetched with few requests that read over
+the gaps in between, and decoded and verified (P5) only when somebody wants them.
+
+Bounds: FRAMES_BYTES held or on their way, REQUESTS in flight, RUN_BYTES each. What nobody asked for within AHEAD_SECONDS makes
+room for others; a fetch that finds no room for so long is given up. Failures are left to whoever needs the bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+
+from restore.extent_runs import MAX_GAP_BYTES, coalesce, frame_of, range_of
+from timeline.clock import Clock
+from timeline.errors import TimelineError
+from timeline.format.extent import ExtentRef
+
+FRAMES_BYTES = 32 << 20
+REQUESTS = 24
+RUN_BYTES = 1 << 20
+LONGEST_GAP_BYTES = 256 << 10
+REQUEST_COST_SECONDS = 0.0015
+"""What a request costs whoever makes and whoever answers it, besides its bytes and the wait for the first of them: a gap that
+is read over in less is no loss."""
+AHEAD_SECONDS = 3.0
+_POLL_SECONDS = 0.01
+_SMALL_BYTES, _LARGE_BYTES = 32 << 10, 256 << 10
+
+GetRange = Callable[[str, int, int], Awaitable[bytes]]
+
+
+class Pace:
+    """How fast a store gives its bytes, by what requests took: the small ones tell the wait for the first byte."""
+
+    def __init__(self) -> None:
+        self._wait: float | None = None
+        self._bytes_per_second: float | None = None
+
+    def note(self, length: int, seconds: float) -> None:
+        """A request of that length took so long."""
+        if length <= _SMALL_BYTES:
+            self._wait = seconds if self._wait is None else min(self._wait, seconds)
+        elif length >= _LARGE_BYTES and self._wait is not None:
+            self._bytes_per_second = length / max(seconds - self._wait, 0.001)
+
+    @property
+    def gap_bytes(self) -> int:
+        """What is read over rather than making another request."""
+        if self._bytes_per_second is None:
+            return MAX_GAP_BYTES
+        worth = int(self._bytes_per_second * REQUEST_COST_SECONDS)
+        return min(max(worth, MAX_GAP_BYTES), LONGEST_GAP_BYTES)
+
+
+class FramesAhead:
+    """The frames of one mount; ``get`` reads a range of an object of the store."""
+
+    def __init__(self, get: GetRange, pace: Pace, clock: Clock) -> None:
+        self._get = get
+        self._pace = pace
+        self._clock = clock
+        self._frames: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()
+        """By digest of the extent: the frame, and since when."""
+        self._bytes = 0
+        """Of those, and of what is being fetched."""
+        self._requests = asyncio.Semaphore(REQUESTS)
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._frames
+
+    def take(self, digest: bytes) -> bytes | None:
+        """The frame of an extent, not verified, which is not kept any longer."""
+        kept = self._frames.pop(digest, None)
+        if kept is None:
+            return None
+        self._bytes -= len(kept[0])
+        return kept[0]
+
+    async def fetch(self, refs: Sequence[ExtentRef]) -> None:
+        """Bring them here; returns when they are, or could not be had."""
+        gap = self._pace.gap_bytes
+        runs = coalesce(refs, max_gap_bytes=gap, max_run_bytes=RUN_BYTES)
+        await asyncio.gather(*(self._fetch_run(run) for run in runs))
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._bytes -= sum(len(frame) for frame, _ in self._frames.values())
+        self._frames.clear()
+
+    async def _fetch_run(self, run: list[ExtentRef]) -> None:
+        size = sum(ref.stored_bytes for ref in run)
+        async with self._requests:
+            if not await self._make_room(size):
+                return
+            self._bytes += size
+            try:
+                key, start, length = range_of(run)
+                data = memoryview(await self._get(key, start, length))
+                now = self._clock.monotonic()
+                for ref in run:
+                    if ref.digest not in self._frames:
+                        # A copy: the gaps beside it are not to be kept with it.
+                        frame = bytes(frame_of(data, start, ref))
+                        self._frames[ref.digest] = (frame, now)
+                        self._bytes += len(frame)
+            except TimelineError:
+                return
+            finally:
+                self._bytes -= size
+
+    async def _make_room(self, size: int) -> bool:
+        deadline = self._clock.monotonic() + AHEAD_SECONDS
+        while self._bytes + size > FRAMES_BYTES:
+            now = self._clock.monotonic()
+            if self._frames:
+                digest, (frame, since) = next(iter(self._frames.items()))
+                if now - since >= AHEAD_SECONDS:
+                    del self._frames[digest]
+                    self._bytes -= len(frame)
+                    continue
+            if now >= deadline:
+                return False
+            await self._clock.sleep(_POLL_SECONDS)
+        return True
