@@ -60,10 +60,9 @@ from timeline.store.open import open_store
 
 PORT = 5432
 """Every branch has a socket directory of its own, so all can have the usual port."""
-PREFETCH_BYTES = 4 << 20
 NEAR_PREFETCH_BYTES = 64 << 20
-"""With less WAL to replay the prefetcher's own start would take longer than it saves; a store on this host answers
-at once, so there it saves only where replay reads many blocks of each group."""
+"""With less WAL to replay from a store on this host the prefetcher would take longer to start than it saves: there it
+saves only where replay reads many blocks of each group."""
 _READY_SECONDS = 300.0
 _REPLAY_BYTES_PER_SECOND = 2_000_000
 """Slower replay than this, with a store far away, is taken for a hang."""
@@ -114,6 +113,9 @@ class BranchMaker:
         )
         self._near = isinstance(opened, NearStore)
         self.store = MeteredStore(opened)
+        if not self._near and self.branch.mode == LAZY:
+            # There is nearly always something to replay, and while the store is waited for the processor has nothing to do.
+            self._prefetcher = Prefetcher.begin(self._directory)
         try:
             return await self._make(self.store)
         finally:
@@ -133,9 +135,7 @@ class BranchMaker:
         plan = plan_branch(history, target, incarnation)
         self._warnings += [*await history.remarks(target.tli), *_remarks(target)]
         self._record(store, plan, target, binaries)
-        if self.branch.mode == LAZY and plan.replayed_bytes > (
-            NEAR_PREFETCH_BYTES if self._near else PREFETCH_BYTES
-        ):
+        if self._near and self.branch.mode == LAZY and plan.replayed_bytes > NEAR_PREFETCH_BYTES:
             self._prefetcher = Prefetcher.begin(self._directory)
         wal = self._host.make_private(self._directory / "wal")
         write_histories(plan, wal, self._host)
@@ -288,7 +288,7 @@ class BranchMaker:
         """The first start: recovery to T and promotion."""
         starting = launch(instance, options=recovery.options, promotes=recovery.promotes)
         self._note(starting.postmaster)
-        if self._prefetcher is not None:
+        if self._prefetcher is not None and plan.replayed_bytes > 0:
             self._prefetcher.work(plan, self._directory, self.data, near=self._near)
         syncing = asyncio.ensure_future(to_the_end(self._sync))
         try:

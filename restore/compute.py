@@ -97,7 +97,9 @@ def launch(instance: Instance, *, options: Sequence[Setting] = (), promotes: boo
     # A file left by a crash may name a pid that belongs to someone else by now, and Postgres would give way.
     (instance.data / "postmaster.pid").unlink(missing_ok=True)
     process, log_offset = _spawn(instance, options)
-    return Launch(instance, Postmaster(process.pid, start_time(process.pid) or ""), process, log_offset, promotes)
+    return Launch(
+        instance, Postmaster(process.pid, start_time(process.pid) or ""), process, log_offset, promotes
+    )
 
 
 async def start(

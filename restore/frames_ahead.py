@@ -19,11 +19,11 @@ from timeline.clock import Clock
 from timeline.errors import TimelineError
 from timeline.format.extent import ExtentRef
 
-FRAMES_BYTES = 32 << 20
+FRAMES_BYTES = 48 << 20
 REQUESTS = 24
 RUN_BYTES = 1 << 20
 LONGEST_GAP_BYTES = 256 << 10
-REQUEST_COST_SECONDS = 0.0015
+REQUEST_COST_SECONDS = 0.002
 """What a request costs whoever makes and whoever answers it, besides its bytes and the wait for the first of them: a gap that
 is read over in less is no loss."""
 AHEAD_SECONDS = 3.0
@@ -45,7 +45,9 @@ class Pace:
         if length <= _SMALL_BYTES:
             self._wait = seconds if self._wait is None else min(self._wait, seconds)
         elif length >= _LARGE_BYTES and self._wait is not None:
-            self._bytes_per_second = length / max(seconds - self._wait, 0.001)
+            # The best that was seen: others are slower because many run at once.
+            rate = length / max(seconds - self._wait, 0.001)
+            self._bytes_per_second = max(rate, self._bytes_per_second or 0.0)
 
     @property
     def gap_bytes(self) -> int:
@@ -81,9 +83,11 @@ class FramesAhead:
         return kept[0]
 
     async def fetch(self, refs: Sequence[ExtentRef]) -> None:
-        """Bring them here; returns when they are, or could not be had."""
+        """Bring them here, those that come first in ``refs`` first; returns when they are, or could not be had."""
         gap = self._pace.gap_bytes
         runs = coalesce(refs, max_gap_bytes=gap, max_run_bytes=RUN_BYTES)
+        rank = {ref.digest: number for number, ref in enumerate(refs)}
+        runs.sort(key=lambda run: min(rank[ref.digest] for ref in run))
         await asyncio.gather(*(self._fetch_run(run) for run in runs))
 
     def clear(self) -> None:

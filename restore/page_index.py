@@ -21,7 +21,6 @@ from timeline.lsn import Lsn
 
 ROWS_BYTES = 24 << 20
 MAX_ANSWERS = 4096
-_STRIDE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +81,12 @@ class PageIndex:
         answer = self._resolve(self._footers, path, group, blocks, born)
         return answer if isinstance(answer, tuple) else None
 
-    async def pieces_of_many(self, wanted: Sequence[GroupWanted]) -> AsyncIterator[tuple[GroupWanted, tuple[Piece, ...]]]:
+    async def pieces_of_many(
+        self, wanted: Sequence[GroupWanted]
+    ) -> AsyncIterator[tuple[GroupWanted, tuple[Piece, ...]]]:
         """The pieces of many groups, in any order, and what has to be read for them at once; raises as ``pieces``.
 
-        Gives way to others now and then. What is read and does not stay in memory for long enough is left out.
+        What is read and does not stay in memory for long enough is left out.
         """
         await self.open()
         footers = self._footers
@@ -95,9 +96,7 @@ class PageIndex:
         for _ in range(len(footers) + 1):
             missing: set[_Missing] = set()
             again: list[GroupWanted] = []
-            for number, want in enumerate(left):
-                if number % _STRIDE == _STRIDE - 1:
-                    await asyncio.sleep(0)
+            for want in left:
                 known = self._answers.get((want.path, want.group))
                 answer = (
                     known

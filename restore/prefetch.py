@@ -7,13 +7,12 @@ by the mount. It is a help and nothing more: it may fail, or be late, and is sto
 
 numba is imported by the child alone, which is begun while the branch is still being planned out, and told its task when
 the mount stands. Bounds: one segment and ``WINDOW_BYTES`` of WAL in memory, ``READERS`` reads at once, ``OPEN_FILES`` files
-open; the blocks of two windows asked of the mount.
+open between batches; two batches of ``BATCH_RANGES`` asked of the mount.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -38,8 +37,9 @@ if TYPE_CHECKING:
     from restore.replay_reads import ReplayReads
 
 WINDOW_BYTES = 16 << 20
-"""WAL looked at together: what replay reads is asked for in the order of files within a window, of WAL between
-windows."""
+"""WAL looked at together, at most."""
+BATCH_RANGES = 1500
+"""Asked of the mount at once: the more, the fewer requests it makes of the store."""
 READERS = 4
 OPEN_FILES = 64
 _WAIT_SECONDS = 60.0
@@ -133,8 +133,8 @@ def run(task: PrefetchTask, clock: Clock) -> None:
     with Warmer(data) as warmer, ThreadPoolExecutor(1) as ahead:
         fetched: list[BlockRange] = []
         fetching: Future[None] | None = None
-        for wanted in _wanted(task, reads, clock):
-            # The mount fetches the blocks of one window while those of the one before are read.
+        for wanted in _batches(_wanted(task, reads, clock)):
+            # The mount fetches one batch while the one before is read.
             before, fetching = fetching, None if task.near else ahead.submit(prefetch, data, wanted)
             if before is not None:
                 before.result()
@@ -145,11 +145,16 @@ def run(task: PrefetchTask, clock: Clock) -> None:
         warmer.read(fetched)
 
 
-def _wanted(task: PrefetchTask, reads: ReplayReads, clock: Clock) -> Iterator[list[BlockRange]]:
-    """What replay reads, part by part."""
-    yield list(status_files(Path(task.data)))
+def _wanted(task: PrefetchTask, reads: ReplayReads, clock: Clock) -> Iterator[BlockRange]:
+    """What replay reads, about in its order."""
+    yield from status_files(Path(task.data))
     for start, wal in windows(task, clock):
-        yield reads.of(wal, start)
+        yield from reads.of(wal, start)
+
+
+def _batches(wanted: Iterator[BlockRange]) -> Iterator[list[BlockRange]]:
+    while batch := list(itertools.islice(wanted, BATCH_RANGES)):
+        yield batch
 
 
 class Warmer:
@@ -169,11 +174,11 @@ class Warmer:
             os.close(self._files.popitem()[1])
 
     def read(self, wanted: Sequence[BlockRange]) -> None:
-        """All of it, a file at a time; what cannot be read is left to whoever needs it."""
-        for path, blocks in itertools.groupby(wanted, key=lambda one: one.path):
-            fd = self._open(path)
-            if fd is not None:
-                list(self._pool.map(functools.partial(_read_range, fd), blocks))
+        """All of it; what cannot be read is left to whoever needs it."""
+        found = [(fd, one) for one in wanted if (fd := self._open(one.path)) is not None]
+        list(self._pool.map(lambda pair: _read_range(*pair), found))
+        while len(self._files) > OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
 
     def _open(self, path: str) -> int | None:
         """A descriptor; ``None`` for a file that replay has removed, or not made yet."""
@@ -185,8 +190,6 @@ class Warmer:
                 return None
             # Nothing beyond what is asked for.
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-            if len(self._files) == OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
             self._files[path] = fd
         self._files.move_to_end(path)
         return fd

@@ -44,30 +44,35 @@ class ReplayReads:
         self._touched: dict[Relation, Blocks] = {}
 
     def of(self, wal: bytes, start: Lsn) -> list[BlockRange]:
-        """What replay of this WAL reads that was not touched before, by file and place; at most one range for
-        each group of 16 blocks. ``start``: a record boundary or a page start. Raises WalFormatError."""
+        """What replay of this WAL reads that was not touched before, about in the order in which it does; at most one
+        range for each group of 16 blocks. ``start``: a record boundary or a page start. Raises WalFormatError."""
         from timeline.pg.wal_blocks import first_touches
 
         touches = first_touches(wal, start, self._segment_bytes)
-        found: list[BlockRange] = []
-        for relation, rows in _by_relation(touches):
+        found: list[tuple[int, BlockRange]] = []
+        for relation, rows, places in _by_relation(touches):
             blocks = rows["block"].astype(np.int64)
-            found += self._ranges(relation, blocks, blocks[~rows["has_image_or_init"]])
+            wanted = ~rows["has_image_or_init"]
+            found += self._ranges(relation, blocks, blocks[wanted], places[wanted])
             if relation[3] == _MAIN:
-                free, visible = _map_pages(blocks)
-                found += self._ranges((*relation[:3], _FSM), free, free)
-                found += self._ranges((*relation[:3], _VM), visible, visible)
-        return found
+                for fork, pages in zip((_FSM, _VM), _map_pages(blocks), strict=True):
+                    found += self._ranges((*relation[:3], fork), pages, pages, np.full(len(pages), places[0]))
+        found.sort(key=lambda one: one[0])
+        return [blocks for _, blocks in found]
 
-    def _ranges(self, relation: Relation, touched: Blocks, read: Blocks) -> Iterator[BlockRange]:
+    def _ranges(
+        self, relation: Relation, touched: Blocks, read: Blocks, places: Blocks
+    ) -> Iterator[tuple[int, BlockRange]]:
+        """Where in the WAL each range is first read, and the range; ``places``: of the blocks read, ascending."""
         known = self._touched.get(relation)
         if known is not None:
-            read = np.setdiff1d(read, known)
+            new = ~np.isin(read, known)
+            read, places = read[new], places[new]
             touched = np.union1d(touched, known)
         self._touched[relation] = np.unique(touched)
-        read = np.unique(read)
         if not len(read):
             return
+        read, at = np.unique(read, return_index=True)
         group = read // GROUP_BLOCKS
         first_of_group = np.flatnonzero(np.diff(group, prepend=-1))
         counts = np.diff(first_of_group, append=len(read))
@@ -76,9 +81,12 @@ class ReplayReads:
         begins = np.where(whole, group[first_of_group] * GROUP_BLOCKS, begins)
         ends = np.where(whole, (group[first_of_group] + 1) * GROUP_BLOCKS, ends)
         files, inside = np.divmod(begins, self._per_file)
-        for file, begin, count in zip(files.tolist(), inside.tolist(), (ends - begins).tolist(), strict=True):
+        first_places = np.minimum.reduceat(places[at], first_of_group)
+        for place, file, begin, count in zip(
+            first_places.tolist(), files.tolist(), inside.tolist(), (ends - begins).tolist(), strict=True
+        ):
             path = relation_path(*relation, file, self._tablespace_directory)
-            yield BlockRange(path, begin, count)
+            yield place, BlockRange(path, begin, count)
 
 
 def relation_path(spc: int, db: int, rel: int, fork: int, segment: int, version: str) -> str:
@@ -92,17 +100,19 @@ def relation_path(spc: int, db: int, rel: int, fork: int, segment: int, version:
     return f"{directory}/{rel}{_FORKS[fork]}" + (f".{segment}" if segment else "")
 
 
-def _by_relation(touches: npt.NDArray[np.void]) -> Iterator[tuple[Relation, npt.NDArray[np.void]]]:
+def _by_relation(touches: npt.NDArray[np.void]) -> Iterator[tuple[Relation, npt.NDArray[np.void], Blocks]]:
+    """The touches of each relation, and where each is among all of them; in their order."""
     order = np.lexsort((touches["fork"], touches["rel"], touches["db"], touches["spc"]))
     rows = touches[order]
     names = ("spc", "db", "rel", "fork")
     changes = np.zeros(len(rows), bool)
     for name in names:
         changes[1:] |= rows[name][1:] != rows[name][:-1]
-    for part in np.split(rows, np.flatnonzero(changes)):
+    cuts = np.flatnonzero(changes)
+    for part, places in zip(np.split(rows, cuts), np.split(order, cuts), strict=True):
         if len(part):
             spc, db, rel, fork = (int(part[0][name]) for name in names)
-            yield (spc, db, rel, fork), part
+            yield (spc, db, rel, fork), part, places
 
 
 def _map_pages(blocks: Blocks) -> tuple[Blocks, Blocks]:
