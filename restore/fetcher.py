@@ -42,6 +42,9 @@ AHEAD_BYTES = 16 << 20
 AHEAD_SECONDS = 2.0
 """What was not asked for after so long may make room."""
 MAX_STORING_BYTES = 16 << 20
+STORE_LATER_SECONDS = 5.0
+STORE_PAUSE_SECONDS = 0.005
+"""What a replay used is put into the disk cache so long after it was last fed, and so slowly."""
 REQUEST_SECONDS = 30.0
 """A request without an answer for this long counts as failed."""
 
@@ -110,6 +113,7 @@ class Fetcher:
         self._background = asyncio.Semaphore(MAX_BACKGROUND)
         self._pace = Pace()
         self._frames = FramesAhead(self._get, self._pace, clock)
+        self._storing_later: asyncio.Task[None] | None = None
         self._storing_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -263,7 +267,9 @@ class Fetcher:
         self._frames.clear()
 
     async def aclose(self) -> None:
-        """Wait for what is under way."""
+        """Wait for what is under way; what was to be kept later is not."""
+        if self._storing_later is not None:
+            self._storing_later.cancel()
         while self._queue or self._tasks:
             self._dispatch()
             await asyncio.wait(set(self._tasks))
@@ -275,7 +281,7 @@ class Fetcher:
 
     def _from_frame(self, ref: ExtentRef) -> bytes | None:
         """The extent out of a frame fetched ahead; a damaged one is left to be fetched again."""
-        frame = self._frames.take(ref.digest)
+        frame = self._frames.take(ref)
         if frame is None:
             return None
         raw = _decode(memoryview(frame), ref.offset, ref, keys.pack(ref.pack))
@@ -283,8 +289,26 @@ class Fetcher:
             return None
         self.counters.extents += 1
         self._remember(ref.digest, raw)
-        self._keep_on_disk(ref.digest, raw)
+        self._store_later()
         return raw
+
+    def _store_later(self) -> None:
+        """Have what came out of frames kept on disk once the replay that wants them is over: a file for each extent would
+        cost it more than the extent itself."""
+        if not self._cache.usable or (self._storing_later is not None and not self._storing_later.done()):
+            return
+
+        async def store() -> None:
+            while self._frames.busy:
+                await self._clock.sleep(STORE_LATER_SECONDS)
+            while (taken := self._frames.pop_taken()) is not None:
+                ref, frame = taken
+                raw = await self.in_thread(lambda: _decode(memoryview(frame), ref.offset, ref, ""))  # noqa: B023
+                if isinstance(raw, bytes):
+                    self._keep_on_disk(ref.digest, raw)
+                await self._clock.sleep(STORE_PAUSE_SECONDS)
+
+        self._storing_later = asyncio.get_running_loop().create_task(store())
 
     async def _wait(self, error: Unavailable, pause: float, deadline: float) -> float:
         """Sleep before another try; the next pause. Raises the error when the deadline would pass."""

@@ -67,23 +67,40 @@ class FramesAhead:
         self._clock = clock
         self._frames: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()
         """By digest of the extent: the frame, and since when."""
+        self._taken: OrderedDict[bytes, tuple[ExtentRef, bytes]] = OrderedDict()
+        """Frames that were asked for, until the disk cache has their extents."""
         self._bytes = 0
-        """Of those, and of what is being fetched."""
+        """Of all those, and of what is being fetched."""
+        self._asked = clock.monotonic()
         self._requests = asyncio.Semaphore(REQUESTS)
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._frames
 
-    def take(self, digest: bytes) -> bytes | None:
-        """The frame of an extent, not verified, which is not kept any longer."""
-        kept = self._frames.pop(digest, None)
+    @property
+    def busy(self) -> bool:
+        """Whether somebody has asked for more within the last AHEAD_SECONDS."""
+        return self._clock.monotonic() - self._asked < AHEAD_SECONDS
+
+    def take(self, ref: ExtentRef) -> bytes | None:
+        """The frame of an extent, not verified."""
+        kept = self._frames.pop(ref.digest, None)
         if kept is None:
             return None
-        self._bytes -= len(kept[0])
+        self._taken[ref.digest] = (ref, kept[0])
         return kept[0]
+
+    def pop_taken(self) -> tuple[ExtentRef, bytes] | None:
+        """One of the frames that were asked for, to be kept somewhere else."""
+        if not self._taken:
+            return None
+        _, (ref, frame) = self._taken.popitem(last=False)
+        self._bytes -= len(frame)
+        return ref, frame
 
     async def fetch(self, refs: Sequence[ExtentRef]) -> None:
         """Bring them here, those that come first in ``refs`` first; returns when they are, or could not be had."""
+        self._asked = self._clock.monotonic()
         gap = self._pace.gap_bytes
         runs = coalesce(refs, max_gap_bytes=gap, max_run_bytes=RUN_BYTES)
         rank = {ref.digest: number for number, ref in enumerate(refs)}
@@ -93,7 +110,9 @@ class FramesAhead:
     def clear(self) -> None:
         """Keep nothing."""
         self._bytes -= sum(len(frame) for frame, _ in self._frames.values())
+        self._bytes -= sum(len(frame) for _, frame in self._taken.values())
         self._frames.clear()
+        self._taken.clear()
 
     async def _fetch_run(self, run: list[ExtentRef]) -> None:
         size = sum(ref.stored_bytes for ref in run)
@@ -120,6 +139,8 @@ class FramesAhead:
         deadline = self._clock.monotonic() + AHEAD_SECONDS
         while self._bytes + size > FRAMES_BYTES:
             now = self._clock.monotonic()
+            if self.pop_taken() is not None:
+                continue
             if self._frames:
                 digest, (frame, since) = next(iter(self._frames.items()))
                 if now - since >= AHEAD_SECONDS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from restore.fetcher import Fetcher
@@ -93,6 +93,8 @@ class PageIndex:
         if footers is None:
             raise RuntimeError("the index was not opened")
         left = list(wanted)
+        # Of every manifest, whether or not a newer one will turn out to tell all: one wait for the store instead of many.
+        await self._load_all(footers, {place for want in left for place in self._places(footers, want)})
         for _ in range(len(footers) + 1):
             missing: set[_Missing] = set()
             again: list[GroupWanted] = []
@@ -111,7 +113,7 @@ class PageIndex:
             if not missing:
                 return
             left = again
-            await asyncio.gather(*(self._load(footers, each.manifest, each.row_group) for each in missing))
+            await self._load_all(footers, missing)
 
     async def pieces(self, path: str, group: int, blocks: int, born: Lsn) -> tuple[Piece, ...]:
         """The same, after reading what is needed; raises Unavailable, NotFound, DamagedStore."""
@@ -156,6 +158,18 @@ class PageIndex:
         if len(self._answers) > MAX_ANSWERS:
             self._answers.popitem(last=False)
         return answer
+
+    def _places(self, footers: tuple[Footer, ...], want: GroupWanted) -> Iterator[_Missing]:
+        for number, footer in enumerate(footers):
+            lsn = self._manifests[number].lsn
+            if lsn is not None and lsn < want.born:
+                continue
+            row_group = footer.find(want.path, want.group)
+            if row_group is not None and (number, row_group) not in self._rows:
+                yield _Missing(number, row_group)
+
+    async def _load_all(self, footers: tuple[Footer, ...], places: Iterable[_Missing]) -> None:
+        await asyncio.gather(*(self._load(footers, each.manifest, each.row_group) for each in places))
 
     async def _load(self, footers: tuple[Footer, ...], manifest: int, row_group: int) -> None:
         place = (manifest, row_group)
