@@ -24,6 +24,7 @@ from benchmarks.report import Report
 from tests.support.postgres import PostgresServer, bin_dir, running_server
 from tests.support.restored import wait_until_promoted
 from tests.support.seaweed import credentials
+from timeline.catalog.parallel import in_parallel
 from timeline.format.branch_state import BUILT
 from timeline.format.value_json import from_json, to_json
 from timeline.lsn import Lsn
@@ -137,9 +138,13 @@ def copy_store(file_url: str, s3_url: str, endpoint_url: str) -> None:
 
     async def copy() -> None:
         here, there = await open_store(file_url), await open_store(s3_url, endpoint_url=endpoint_url)
+
+        async def one(key: str) -> None:
+            await there.create(key, await here.get(key))
+
         try:
-            for listed in await here.list(""):
-                await there.create(listed.key, await here.get(listed.key))
+            listed = await here.list("")
+            await in_parallel([each.key for each in listed], one, limit=8)
         finally:
             await here.aclose()
             await there.aclose()

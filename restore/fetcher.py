@@ -175,6 +175,8 @@ class Fetcher:
         damaged = False
         while True:
             raw = self.peek(ref, 0, ref.raw_bytes)
+            if raw is None and await self._frames.wait(ref.digest):
+                raw = self.peek(ref, 0, ref.raw_bytes)
             if raw is not None:
                 return raw
             try:
@@ -200,10 +202,10 @@ class Fetcher:
             self._flight(ref, background=True)
         return len(refs)
 
-    async def fetch_ahead(self, refs: Sequence[ExtentRef]) -> None:
-        """Bring what a replay is known to want near, in few requests; returns when it is there or could not be had."""
+    def fetch_ahead(self, refs: Sequence[ExtentRef]) -> None:
+        """Begin to bring near what a replay is known to want, in few requests; what fails is left for whoever needs it."""
         missing = {ref.digest: ref for ref in refs if not self._is_here(ref.digest)}
-        await self._frames.fetch(list(missing.values()))
+        self._frames.begin(list(missing.values()))
 
     async def fetch_all(self, refs: Sequence[ExtentRef], *, max_gap_bytes: int, max_run_bytes: int) -> None:
         """Bring all of them into memory and cache in few large requests; raises what a request raised."""
@@ -270,6 +272,7 @@ class Fetcher:
         """Wait for what is under way; what was to be kept later is not."""
         if self._storing_later is not None:
             self._storing_later.cancel()
+        await self._frames.aclose()
         while self._queue or self._tasks:
             self._dispatch()
             await asyncio.wait(set(self._tasks))

@@ -11,8 +11,9 @@ room for others; a fetch that finds no room for so long is given up. Failures ar
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from restore.extent_runs import MAX_GAP_BYTES, coalesce, frame_of, range_of
 from timeline.clock import Clock
@@ -58,6 +59,15 @@ class Pace:
         return min(max(worth, MAX_GAP_BYTES), LONGEST_GAP_BYTES)
 
 
+@dataclass(slots=True, eq=False)
+class _Run:
+    """Extents of one request."""
+
+    refs: list[ExtentRef]
+    done: asyncio.Future[None]
+    """Set when they are here, or could not be had."""
+
+
 class FramesAhead:
     """The frames of one mount; ``get`` reads a range of an object of the store."""
 
@@ -65,22 +75,53 @@ class FramesAhead:
         self._get = get
         self._pace = pace
         self._clock = clock
+        self._queue: deque[_Run] = deque()
+        """Not begun yet, the one to be fetched next first."""
+        self._coming: dict[bytes, _Run] = {}
+        """By digest of the extent: queued or being fetched."""
+        self._workers: set[asyncio.Task[None]] = set()
         self._frames: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()
-        """By digest of the extent: the frame, and since when."""
+        """By digest: the frame, and since when."""
         self._taken: OrderedDict[bytes, tuple[ExtentRef, bytes]] = OrderedDict()
         """Frames that were asked for, until the disk cache has their extents."""
         self._bytes = 0
         """Of all those, and of what is being fetched."""
         self._asked = clock.monotonic()
-        self._requests = asyncio.Semaphore(REQUESTS)
 
     def __contains__(self, digest: bytes) -> bool:
-        return digest in self._frames
+        return digest in self._frames or digest in self._coming
 
     @property
     def busy(self) -> bool:
         """Whether somebody has asked for more within the last AHEAD_SECONDS."""
         return self._clock.monotonic() - self._asked < AHEAD_SECONDS
+
+    def begin(self, refs: Sequence[ExtentRef]) -> None:
+        """Begin to bring them here, those that come first in ``refs`` first."""
+        self._asked = self._clock.monotonic()
+        runs = coalesce(refs, max_gap_bytes=self._pace.gap_bytes, max_run_bytes=RUN_BYTES)
+        rank = {ref.digest: number for number, ref in enumerate(refs)}
+        runs.sort(key=lambda run: min(rank[ref.digest] for ref in run))
+        loop = asyncio.get_running_loop()
+        for extents in runs:
+            run = _Run(extents, loop.create_future())
+            self._queue.append(run)
+            self._coming.update((ref.digest, run) for ref in extents)
+        for _ in range(min(len(runs), REQUESTS - len(self._workers))):
+            worker = loop.create_task(self._work())
+            self._workers.add(worker)
+            worker.add_done_callback(self._workers.discard)
+
+    async def wait(self, digest: bytes) -> bool:
+        """Wait for an extent that is on its way, which makes it the next to be fetched; whether it was."""
+        run = self._coming.get(digest)
+        if run is None:
+            return False
+        if run in self._queue:
+            self._queue.remove(run)
+            self._queue.appendleft(run)
+        await asyncio.shield(run.done)
+        return True
 
     def take(self, ref: ExtentRef) -> bytes | None:
         """The frame of an extent, not verified."""
@@ -98,15 +139,6 @@ class FramesAhead:
         self._bytes -= len(frame)
         return ref, frame
 
-    async def fetch(self, refs: Sequence[ExtentRef]) -> None:
-        """Bring them here, those that come first in ``refs`` first; returns when they are, or could not be had."""
-        self._asked = self._clock.monotonic()
-        gap = self._pace.gap_bytes
-        runs = coalesce(refs, max_gap_bytes=gap, max_run_bytes=RUN_BYTES)
-        rank = {ref.digest: number for number, ref in enumerate(refs)}
-        runs.sort(key=lambda run: min(rank[ref.digest] for ref in run))
-        await asyncio.gather(*(self._fetch_run(run) for run in runs))
-
     def clear(self) -> None:
         """Keep nothing."""
         self._bytes -= sum(len(frame) for frame, _ in self._frames.values())
@@ -114,33 +146,53 @@ class FramesAhead:
         self._frames.clear()
         self._taken.clear()
 
-    async def _fetch_run(self, run: list[ExtentRef]) -> None:
-        size = sum(ref.stored_bytes for ref in run)
-        async with self._requests:
-            if not await self._make_room(size):
-                return
-            self._bytes += size
+    async def aclose(self) -> None:
+        """Give up what is under way."""
+        while self._queue:
+            self._land(self._queue.popleft())
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+
+    async def _work(self) -> None:
+        while self._queue:
+            run = self._queue.popleft()
             try:
-                key, start, length = range_of(run)
-                data = memoryview(await self._get(key, start, length))
-                now = self._clock.monotonic()
-                for ref in run:
-                    if ref.digest not in self._frames:
-                        # A copy: the gaps beside it are not to be kept with it.
-                        frame = bytes(frame_of(data, start, ref))
-                        self._frames[ref.digest] = (frame, now)
-                        self._bytes += len(frame)
+                await self._fetch(run.refs)
             except TimelineError:
-                return
+                continue
             finally:
-                self._bytes -= size
+                self._land(run)
+
+    def _land(self, run: _Run) -> None:
+        for ref in run.refs:
+            self._coming.pop(ref.digest, None)
+        if not run.done.done():
+            run.done.set_result(None)
+
+    async def _fetch(self, refs: list[ExtentRef]) -> None:
+        size = sum(ref.stored_bytes for ref in refs)
+        if not await self._make_room(size):
+            return
+        self._bytes += size
+        try:
+            key, start, length = range_of(refs)
+            data = memoryview(await self._get(key, start, length))
+        finally:
+            self._bytes -= size
+        now = self._clock.monotonic()
+        for ref in refs:
+            # A copy: the gaps beside it are not to be kept with it.
+            frame = bytes(frame_of(data, start, ref))
+            self._frames[ref.digest] = (frame, now)
+            self._bytes += len(frame)
 
     async def _make_room(self, size: int) -> bool:
         deadline = self._clock.monotonic() + AHEAD_SECONDS
         while self._bytes + size > FRAMES_BYTES:
-            now = self._clock.monotonic()
             if self.pop_taken() is not None:
                 continue
+            now = self._clock.monotonic()
             if self._frames:
                 digest, (frame, since) = next(iter(self._frames.items()))
                 if now - since >= AHEAD_SECONDS:

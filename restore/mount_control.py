@@ -28,8 +28,8 @@ class BlockRange:
 
 
 def prefetch(mountpoint: str | os.PathLike[str], wanted: Iterable[BlockRange]) -> None:
-    """Ask the mount to fetch ahead; returns when it has, or after seconds, and promises nothing. Raises OSError when
-    there is no mount."""
+    """Ask the mount to fetch ahead; returns when it has begun, so that reading it does not cost requests of its own, or after
+    seconds, and promises nothing. Raises OSError when there is no mount."""
     lines: list[bytes] = []
     held = 0
     for blocks in wanted:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,19 +130,15 @@ def run(task: PrefetchTask, clock: Clock) -> None:
 
     data = Path(task.data)
     reads = ReplayReads(task.segment_bytes, task.relation_segment_bytes, task.tablespace_directory)
-    with Warmer(data) as warmer, ThreadPoolExecutor(1) as ahead:
-        fetched: list[BlockRange] = []
-        fetching: Future[None] | None = None
+    with Warmer(data) as warmer:
+        before: list[BlockRange] = []
         for wanted in _batches(_wanted(task, reads, clock)):
+            if not task.near:
+                prefetch(data, wanted)
             # The mount fetches one batch while the one before is read.
-            before, fetching = fetching, None if task.near else ahead.submit(prefetch, data, wanted)
-            if before is not None:
-                before.result()
-            warmer.read(fetched)
-            fetched = wanted
-        if fetching is not None:
-            fetching.result()
-        warmer.read(fetched)
+            warmer.read(before)
+            before = wanted
+        warmer.read(before)
 
 
 def _wanted(task: PrefetchTask, reads: ReplayReads, clock: Clock) -> Iterator[BlockRange]:

@@ -86,8 +86,8 @@ class ExtentSource:
         self._indexing = asyncio.get_running_loop().create_task(read())
 
     async def fetch_ahead(self, wanted: Sequence[tuple[FileRow, BlockRange]]) -> None:
-        """Bring blocks that will be wanted near, those of a replay (restore/frames_ahead.py); raises Unavailable, DamagedStore,
-        MissingObject."""
+        """Begin to bring blocks near that a replay will want (restore/frames_ahead.py); returns when it is known which extents
+        those are. Raises Unavailable, DamagedStore, MissingObject."""
         groups = [group for row, blocks in wanted for group in _groups_wanted(row, blocks)]
 
         async def attempt() -> None:
@@ -98,7 +98,7 @@ class ExtentSource:
                     for piece in pieces
                     if piece.first_block < want.end and want.first < piece.first_block + piece.blocks
                 ]
-            await self.fetcher.fetch_ahead(refs)
+            self.fetcher.fetch_ahead(refs)
 
         await self.with_reload(attempt)
 

@@ -79,6 +79,8 @@ class Seaweed:
                     "-volume.preStopSeconds=0",
                     "-filer",
                     f"-filer.port={self._filer}",
+                    # A range of an object costs it the reading of whole chunks.
+                    "-filer.maxMB=1",
                     "-s3",
                     f"-s3.port={self.port}",
                     f"-s3.config={config}",
