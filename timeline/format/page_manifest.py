@@ -141,6 +141,7 @@ class PageRowGroup:
         "_first_block",
         "_keys",
         "_offset",
+        "_order",
         "_pack",
         "_packs",
         "_paths",
@@ -156,6 +157,8 @@ class PageRowGroup:
         self._packs: list[str] = packs.dictionary.to_pylist()
         self._pack = packs.indices.to_numpy().astype(np.uint32)
         self._keys = self._paths.ranks.astype(np.uint64) << np.uint64(32) | _numbers(table, "group")
+        # The same once more for single look-ups: numpy takes longer to make its scalars than to search.
+        self._order = memoryview(self._keys)
         self._first_block = _numbers(table, "first_block")
         self._raw_bytes = _numbers(table, "raw_bytes")
         self._offset = _numbers(table, "offset")
@@ -181,7 +184,13 @@ class PageRowGroup:
 
     def lookup(self, path: str, group: int) -> tuple[ExtentRef, ...]:
         """The extents of that group, by first block; empty when there is none."""
-        first, last = self._span(path, group, group)
+        rank = self._paths.find(path)
+        if rank is None:
+            return ()
+        wanted, order = rank << 32 | group, self._order
+        first = last = bisect.bisect_left(order, wanted)
+        while last < len(order) and order[last] == wanted:
+            last += 1
         return tuple(self._extent(row) for row in range(first, last))
 
     def lookup_range(self, path: str, first_group: int, last_group: int) -> Iterator[tuple[int, ExtentRef]]:
