@@ -286,7 +286,8 @@ async def _wait_until_gone(postmaster: Postmaster, clock: Clock, seconds: float)
 
 
 def promoted_at(data: Path, wal: Path) -> tuple[int, Lsn]:
-    """The tli a branch is on after its first start, and where it left its parent's WAL. No checkpoint need have been made there yet.
+    """The tli a branch is on after its first start, and where it left its parent's WAL; whether or not it has made a
+    checkpoint there.
 
     Raises TimelineError when the server has not left its parent's tli.
     """

@@ -96,8 +96,8 @@ class MountOperations(pyfuse3.Operations):  # type: ignore[misc]
         begun: Callable[[], None] = lambda: None,
         fetch_ahead: FetchAhead | None = None,
     ) -> None:
-        """``begun`` is called once the kernel and the mount have agreed on the session's terms; ``fetch_ahead`` gets what others
-        say will be wanted, and does not raise what the store raises."""
+        """``begun`` is called once the kernel and the mount have agreed on the session's terms; ``fetch_ahead`` gets what
+        others say will be wanted, and does not raise what the store raises."""
         super().__init__()
         self._begun = begun
         self._fetch_ahead = fetch_ahead

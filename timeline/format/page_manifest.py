@@ -158,7 +158,7 @@ class PageRowGroup:
         self._pack = packs.indices.to_numpy().astype(np.uint32)
         self._keys = self._paths.ranks.astype(np.uint64) << np.uint64(32) | _numbers(table, "group")
         # The same once more for single look-ups: numpy takes longer to make its scalars than to search.
-        self._order = memoryview(self._keys)
+        self._order = memoryview(self._keys.data)
         self._first_block = _numbers(table, "first_block")
         self._raw_bytes = _numbers(table, "raw_bytes")
         self._offset = _numbers(table, "offset")

@@ -42,6 +42,7 @@ def test_windows_begin_at_the_redo_point_and_end_with_the_wal(tmp_path: Path) ->
         segment_bytes=size,
         relation_segment_bytes=1 << 30,
         tablespace_directory="PG_15_202209061",
+        near=True,
     )
     at = int(task.redo)
     for start, part in windows(task, ManualClock()):
