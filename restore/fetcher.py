@@ -284,7 +284,7 @@ class Fetcher:
 
     def _from_frame(self, ref: ExtentRef) -> bytes | None:
         """The extent out of a frame fetched ahead; a damaged one is left to be fetched again."""
-        frame = self._frames.take(ref)
+        frame = self._frames.take(ref, keep=self._cache.usable)
         if frame is None:
             return None
         raw = _decode(memoryview(frame), ref.offset, ref, keys.pack(ref.pack))

@@ -123,13 +123,17 @@ class FramesAhead:
         await asyncio.shield(run.done)
         return True
 
-    def take(self, ref: ExtentRef) -> bytes | None:
-        """The frame of an extent, not verified."""
+    def take(self, ref: ExtentRef, *, keep: bool) -> bytes | None:
+        """The frame of an extent, not verified; ``keep``: it will also be had by ``pop_taken``."""
         kept = self._frames.pop(ref.digest, None)
         if kept is None:
             return None
-        self._taken[ref.digest] = (ref, kept[0])
-        return kept[0]
+        frame, _ = kept
+        if keep:
+            self._taken[ref.digest] = (ref, frame)
+        else:
+            self._bytes -= len(frame)
+        return frame
 
     def pop_taken(self) -> tuple[ExtentRef, bytes] | None:
         """One of the frames that were asked for, to be kept somewhere else."""
@@ -140,11 +144,9 @@ class FramesAhead:
         return ref, frame
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Keep nothing that nobody asked for."""
         self._bytes -= sum(len(frame) for frame, _ in self._frames.values())
-        self._bytes -= sum(len(frame) for _, frame in self._taken.values())
         self._frames.clear()
-        self._taken.clear()
 
     async def aclose(self) -> None:
         """Give up what is under way."""

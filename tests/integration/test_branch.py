@@ -18,17 +18,20 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from restore import agent, mount_table
+from restore import agent, mount_table, recovery
 from restore.branch import HostBranches
 from restore.branch_request import BranchRequest, BranchResult, Listen, StoreAddress
 from restore.isolation import isolate
 from restore.local_branch import MAKING, READY
 from restore.process import start_time
+from restore.recovery import Recovery
 from tests.support.archived_server import ArchivedServer, archived_server
+from tests.support.first_checkpoint import wait_for_first_checkpoint
 from tests.support.postgres import PostgresServer, free_port, scratch
 from timeline.catalog.when import AtLsn, AtTime, Latest
 from timeline.clock import SystemClock
 from timeline.errors import DamagedStore, TargetUnreachable, TimelineError, UsageError
+from timeline.format.branch_state import Setting
 from timeline.lsn import Lsn
 
 pytestmark = pytest.mark.fuse
@@ -175,7 +178,7 @@ def test_long_replays_are_fed_and_prefetched(bench: Bench, monkeypatch: pytest.M
     server.sql("create table wide (n int primary key, pad text)")
     server.sql("insert into wide select g, repeat('x', 300) from generate_series(1, 30000) g")
     bench.archived.position()
-    monkeypatch.setattr("restore.branch_make.WHOLE_BYTES", 0)
+    monkeypatch.setattr("restore.recovery.WHOLE_BYTES", 0)
     monkeypatch.setattr("restore.branch_make.NEAR_PREFETCH_BYTES", 0)
     made = bench.create(name="long")
     assert value(made, "select count(*) from wide where pad like 'x%'") == 30000
@@ -230,6 +233,47 @@ def test_stop_crash_and_dead_mount(bench: Bench) -> None:
     wait_until(lambda: bench.branches.status("life").state == "broken")
     again = asyncio.run(bench.branches.start("life"))
     assert value(again, "select count(*) from kept") == 3
+
+
+def test_a_crash_before_the_first_checkpoint_is_the_end(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EDGE 57: pages that were half written then could not be mended. Refused, whoever died; made again, it lives."""
+    server = bench.archived.server
+    server.sql("create table many as select g as n, repeat('x', 500) as pad from generate_series(1, 5000) g")
+    bench.archived.position()
+    # Spread over hours.
+    slow = (Setting("checkpoint_completion_target", "0.9"), Setting("checkpoint_timeout", "1d"))
+    whole = recovery.recovery_in_place
+    monkeypatch.setattr(
+        "restore.branch_make.recovery_in_place",
+        lambda plan: Recovery((*whole(plan).options, *slow), promotes=True),
+    )
+    for victim in ("server", "mount"):
+        made = bench.create(name=f"young-{victim}")
+        run(made.dsn, "create table mine (n int)")
+        (mount,) = agent.mounts(bench.state)
+        assert made.pid is not None
+        os.kill(made.pid if victim == "server" else mount.pid, signal.SIGKILL)
+        wait_until(lambda: bench.branches.status(made.name).state == "broken")  # noqa: B023
+        with pytest.raises(UsageError, match="before its first checkpoint") as refused:
+            asyncio.run(bench.branches.start(made.name))
+        assert refused.value.hint == f"make it again: tl reset {made.name}"
+        again = asyncio.run(bench.branches.reset(made.name))
+        assert value(again, "select count(*) from many") == 5000
+        bench.delete(made.name)
+    server.sql("drop table many")
+
+
+def test_the_first_checkpoint_comes_by_itself(bench: Bench) -> None:
+    """Nobody waits for it, and it does not take its time; from then on a crash costs nothing."""
+    made = bench.create(name="grown")
+    run(made.dsn, "set synchronous_commit = on", "create table mine as select 1 as n")
+    wait_for_first_checkpoint(Path(made.data_directory), seconds=20)
+    (mount,) = agent.mounts(bench.state)
+    os.kill(mount.pid, signal.SIGKILL)
+    wait_until(lambda: bench.branches.status("grown").state == "broken")
+    assert value(asyncio.run(bench.branches.start("grown")), "select count(*) from mine") == 1
 
 
 def test_a_reboot_ends_short_lives_only(bench: Bench) -> None:

@@ -14,6 +14,7 @@ import psycopg
 import pytest
 
 from tests.fix_postgres import MAJORS
+from tests.support.first_checkpoint import wait_for_first_checkpoint
 from tests.support.postgres import PostgresServer, scratch, server_user
 from tests.support.tl_host import Host, make_host
 from tests.support.workload import Moment, prepare, record_moments, sequence_values, server_digest
@@ -149,6 +150,7 @@ def test_pages_equal_stock_recovery(recorded: Recorded, position: int) -> None:
     oracle = _oracle(recorded, moment, f"oracle-{position}")
     result = recorded.host.tl("branch", f"pages-{position}", "--at", moment.lsn)
     try:
+        wait_for_first_checkpoint(Path(result["data_directory"]))
         differing, compared = _differences(oracle, Path(result["data_directory"]))
         assert differing == [], f"{moment.step}: {len(differing)} of {compared} pages: {differing[:20]}"
         assert compared > 3000

@@ -369,14 +369,13 @@ def test_prefetch_on_request(s3_cluster: StoredCluster, state: Path, s3_proxy: S
     with lazy_branch(through, state, None) as branch:
         branch.server.start()
         path = branch.server.value("select pg_relation_filepath('pgbench_accounts')")
-        prefetch(branch.server.data, [BlockRange(path, block, 1) for block in range(0, 1600, 16)])
-        wait_until(lambda: branch.stats().extents >= 100)
         s3_proxy.reset()
+        prefetch(branch.server.data, [BlockRange(path, block, 1) for block in range(0, 1600, 16)])
         with open(branch.server.data / path, "rb", buffering=0) as file:
             for block in reversed(range(0, 1600, 16)):
                 file.seek(block * 8192)
                 assert any(file.read(8192))
-        assert s3_proxy.stats().requests.get("GET", 0) <= 2
+        assert s3_proxy.stats().requests["GET"] <= 12
         branch.server.stop()
 
 

@@ -18,7 +18,7 @@ from tests.support.s3_proxy import S3Proxy
 from tests.support.s3_proxy_state import Fault
 from tests.support.seaweed import Seaweed
 from timeline.clock import SystemClock
-from timeline.errors import CheckFailed, NotFound, TimelineError, Unavailable, UsageError
+from timeline.errors import CheckFailed, DamagedStore, NotFound, TimelineError, Unavailable, UsageError
 from timeline.store.base import Store
 from timeline.store.open import open_store
 from timeline.store.probe import check_conditional_create
@@ -41,13 +41,14 @@ def on(
     bucket: str = BUCKET,
     read_seconds: float = 30.0,
     connect_seconds: float = 5.0,
+    below: str = "",
 ) -> None:
     """Run a scenario on an empty store behind that end point; retries take no time."""
 
     async def run() -> None:
         store: Store = S3Store(
             bucket,
-            fresh_prefix(),
+            fresh_prefix() + below,
             endpoint_url=url,
             read_seconds=read_seconds,
             connect_seconds=connect_seconds,
@@ -60,6 +61,66 @@ def on(
             await store.aclose()
 
     asyncio.run(run())
+
+
+# -- reads
+
+
+def test_a_read_is_one_request(s3_proxy: S3Proxy) -> None:
+    """Of a whole object and of any range, whatever the prefix holds."""
+    key = "a/key"
+
+    async def scenario(store: Store) -> None:
+        await store.create(key, DATA)
+        s3_proxy.reset()
+        assert await store.get(key) == DATA
+        assert await store.get(key, 100, 1000) == DATA[100:1100]
+        assert await store.get(key, 99_000, 1000) == DATA[99_000:]
+        assert await store.get(key, 99_000) == DATA[99_000:]
+        assert await store.get(key, -10) == DATA[-10:]
+        assert s3_proxy.stats().requests == {"GET": 5}
+
+    on(s3_proxy.endpoint_url, scenario, below="/pre fix+and=signs%20&more/é")
+
+
+def test_where_presigned_requests_are_refused(s3_proxy: S3Proxy) -> None:
+    """As some policies do: read in the ordinary way, and the other one is not tried for ever."""
+
+    async def scenario(store: Store) -> None:
+        await store.create("key", DATA)
+        s3_proxy.set_faults(
+            Fault("status", verb="GET", contains="X-Amz-Signature", status=403, code="AccessDenied")
+        )
+        for _ in range(5):
+            assert await store.get("key", 5, 100) == DATA[5:105]
+        assert s3_proxy.stats().faults_injected == 1
+
+    on(s3_proxy.endpoint_url, scenario)
+
+
+def test_a_busy_server_is_not_asked_twice(s3_proxy: S3Proxy) -> None:
+    async def scenario(store: Store) -> None:
+        await store.create("key", DATA)
+        s3_proxy.set_faults(Fault("status", verb="GET", status=503))
+        with pytest.raises(Unavailable) as raised:
+            await store.get("key", 5, 100)
+        assert one_line(raised.value) and "Signature" not in str(raised.value)
+        assert s3_proxy.stats().faults_injected == 1
+
+    on(s3_proxy.endpoint_url, scenario)
+
+
+def test_a_missing_key_and_a_range_beyond_the_end(s3_proxy: S3Proxy) -> None:
+    async def scenario(store: Store) -> None:
+        await store.create("key", DATA)
+        with pytest.raises(NotFound):
+            await store.get("none", 0, 10)
+        with pytest.raises(DamagedStore):
+            await store.get("key", len(DATA) + 5, 10)
+        with pytest.raises(DamagedStore):
+            await store.get("key", len(DATA) - 5, 10)
+
+    on(s3_proxy.endpoint_url, scenario)
 
 
 # -- ambiguous outcomes

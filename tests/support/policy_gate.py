@@ -108,15 +108,19 @@ class PolicyGate:
 
     async def _judge(self, asked: web.Request) -> web.Response:
         headers = {name.lower(): value for name, value in asked.headers.items()}
-        request = S3Request(asked.method, asked.path, dict(asked.query), headers, await asked.read())
-        user = headers.get("authorization", "").partition("Credential=")[2].partition("/")[0]
+        # A presigned request carries in its query what others have in their headers.
+        signed = {name: value for name, value in asked.query.items() if name.startswith("X-Amz-")}
+        url = asked.rel_url.without_query_params(*signed)
+        request = S3Request(asked.method, asked.path, dict(url.query), headers, await asked.read())
+        credential = headers.get("authorization", "").partition("Credential=")[2]
+        user = (signed.get("X-Amz-Credential") or credential).partition("/")[0]
         if request.is_deletion_of_many:
-            return await self._delete_many(user, request, asked.rel_url)
+            return await self._delete_many(user, request, url)
         # All of them are looked at, so that what is recorded is complete.
         verdicts = [self._may(user, access) for access in request.accesses(self._encryption)]
         if not all(verdicts):
             return _denied(request)
-        answer = await self._pass_on(request, asked.rel_url)
+        answer = await self._pass_on(request, url)
         if answer.status == 404 and request.is_read and not self._may(user, request.listing_of_all()):
             return _denied(request)
         return answer

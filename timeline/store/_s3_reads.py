@@ -2,8 +2,8 @@
 
 A GetObject through botocore costs the caller's processor 1.2 ms, a presigned one over the same connections 0.2 ms, and a
 lazy mount makes thousands of them. SigV4 does not sign ``Range`` when it is not told to, so a signature serves a key until
-it is ``SIGNED_SECONDS`` old. Whatever is not a plain success is told by an ordinary request, which knows all failures; a
-server or policy that takes no presigned requests is asked no further ones.
+it is ``SIGNED_SECONDS`` old. A server that is busy is not asked again; any other refusal is told by an ordinary request,
+which knows all of them; and a server or policy that takes no presigned requests is asked no further ones.
 
 Bound: MAX_SIGNATURES signatures kept. Nothing here is logged or shown: a URL is a right to read.
 """
@@ -17,12 +17,15 @@ from typing import Any
 
 import yarl
 
+from timeline.errors import Unavailable
+
 SIGNED_SECONDS = 300.0
 """Used for so long; servers allow for clocks that differ by 15 minutes at most."""
 _VALID_SECONDS = 900
 MAX_SIGNATURES = 1024
 _SUCCESS = (200, 206)
 _FORBIDDEN = 403
+_BUSY = (429, 500, 502, 503, 504)
 
 
 class PresignedReads:
@@ -40,7 +43,7 @@ class PresignedReads:
     @contextlib.asynccontextmanager
     async def open(self, key: str, byte_range: str) -> AsyncIterator[Any | None]:
         """The answer (an ``aiohttp.ClientResponse`` of status 200 or 206) to a GET of the range (a header's value, empty: of
-        all), or ``None``: ask in the ordinary way. Raises what aiohttp and botocore raise."""
+        all), or ``None``: ask in the ordinary way. Raises Unavailable, and what aiohttp and botocore raise."""
         if not self._useful:
             yield None
             return
@@ -53,8 +56,10 @@ class PresignedReads:
             if answer.status in _SUCCESS:
                 yield answer
                 return
-            refused = answer.status == _FORBIDDEN
-        if refused:
+            status = answer.status
+        if status in _BUSY:
+            raise Unavailable(f"s3://{self._bucket} cannot read {key} just now: {status}")
+        if status == _FORBIDDEN:
             # Credentials that have been renewed meanwhile, or presigned requests are not allowed at all.
             self._useful = not fresh
             self._signed.clear()

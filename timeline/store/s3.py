@@ -274,10 +274,10 @@ class S3Store:
 
     async def _body(self, key: str, body: Any, length: str | int | None, patience: asyncio.Timeout) -> bytes:
         """All of it, in the time that its length allows."""
-        coming = int(length or 0)
-        patience.reschedule(asyncio.get_running_loop().time() + self._patience(coming))
+        coming = None if length is None else int(length)
+        patience.reschedule(asyncio.get_running_loop().time() + self._patience(coming or 0))
         data: bytes = await body.read()
-        if len(data) != coming:
+        if coming is not None and len(data) != coming:
             raise Unavailable(f"{self._where} broke off after {len(data)} of {coming} bytes (read {key})")
         return data
 

@@ -47,7 +47,8 @@ def test_paths_of_relations(place: tuple[int, int, int, int, int], path: str) ->
 
 
 def test_only_blocks_that_replay_reads(reads: ReplayReads, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No image, no initialisation: read. Beside every heap block, its visibility and free space pages."""
+    """No image, no initialisation: read. Beside every heap block, its visibility and free space pages. What WAL wants first
+    comes first."""
     rows = [
         (1663, 1, 5, 0, 131072 + 40000, False),
         (1663, 1, 5, 0, 7, False),
@@ -55,11 +56,11 @@ def test_only_blocks_that_replay_reads(reads: ReplayReads, monkeypatch: pytest.M
         (1663, 1, 5, 0, 8, False),
     ]
     assert replayed(reads, rows, monkeypatch) == [
-        BlockRange("base/1/5", 7, 2),
         BlockRange("base/1/5.1", 40000, 1),
         BlockRange("base/1/5_fsm", 0, 3),
         BlockRange("base/1/5_fsm", 44, 1),
         BlockRange("base/1/5_vm", 0, 6),
+        BlockRange("base/1/5", 7, 2),
     ]
 
 
@@ -79,7 +80,7 @@ def test_every_block_once(reads: ReplayReads, monkeypatch: pytest.MonkeyPatch) -
     assert replayed(reads, [(1664, 0, 9, 1, 3, True)], monkeypatch) == []
     rows = [(1664, 0, 9, 1, 3, False), (1664, 0, 9, 1, 20, False), (1664, 0, 8, 1, 3, False)]
     assert replayed(reads, rows, monkeypatch) == [
-        BlockRange("global/8_fsm", 3, 1),
         BlockRange("global/9_fsm", 20, 1),
+        BlockRange("global/8_fsm", 3, 1),
     ]
     assert replayed(reads, rows, monkeypatch) == []
