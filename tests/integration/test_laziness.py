@@ -69,3 +69,51 @@ def test_a_row_by_primary_key_costs_little(
     finally:
         branching.tl("delete", "lazy", "--yes")
         branching.end_agent()
+
+
+GROUPS = 512
+"""Groups of the table below, of which replay reads a page each."""
+
+
+def test_a_replay_from_far_away_makes_few_requests(
+    make_postgres: Callable[..., PostgresServer], seaweed: Seaweed, s3_proxy: S3Proxy, place: Path
+) -> None:
+    """After a built snapshot WAL brings no images of pages that were touched before it: replay reads them."""
+    server = make_postgres(
+        15, settings={"max_wal_size": "4GB", "checkpoint_timeout": "1h", "autovacuum": "off"}
+    )
+    server.sql(
+        # A row of a page that has room for another version of it.
+        "create table wide (id int, n int, pad text) with (fillfactor = 50)",
+        "alter table wide alter pad set storage plain",
+        f"insert into wide select i, 0, repeat(md5(i::text), 100) from generate_series(0, {GROUPS * 16 - 1}) i",
+        "create index on wide (id)",
+    )
+    url = f"s3://{BUCKET}/{fresh_prefix()}"
+    archiving = make_host(place / "a", url, source=server.conninfo, endpoint_url=seaweed.endpoint_url)
+    archiving.tl("init", url, "--source", server.conninfo)
+    archiving.tl("archive", "--once")
+    one_of_each_group = "update wide set n = n + 1 where id % 16 = 5"
+    server.sql(one_of_each_group)
+    archiving.tl("archive", "--once")
+    assert archiving.tl("snapshot")
+    server.sql(one_of_each_group)
+    archiving.tl("archive", "--once")
+
+    branching = make_host(place / "b", url, endpoint_url=s3_proxy.endpoint_url)
+    s3_proxy.reset()
+    made = branching.tl("branch", "far")
+    requests = s3_proxy.stats().requests
+    try:
+        assert (Path(made["data_directory"]).parent / "prefetch.log").read_text() == ""
+        with psycopg.connect(made["dsn"], autocommit=True) as conn:
+            counts = conn.execute("select n, count(*) from wide group by n order by n").fetchall()
+        assert counts == [(0, GROUPS * 15), (2, GROUPS)]
+        print(f"{requests} for {made['replayed_bytes']:,} bytes of WAL")
+        assert made["replayed_bytes"] < 32 << 20
+        # Alone, each group is a request; so are those that replay wants before the prefetcher has begun, on a busy host.
+        assert requests["GET"] < GROUPS * 3 // 4
+    finally:
+        branching.tl("delete", "far", "--yes")
+        branching.end_agent()
+        archiving.end_agent()
