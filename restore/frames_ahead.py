@@ -11,6 +11,7 @@ room for others; a fetch that finds no room for so long is given up. Failures ar
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ is read over in less is no loss."""
 AHEAD_SECONDS = 3.0
 _POLL_SECONDS = 0.01
 _SMALL_BYTES, _LARGE_BYTES = 32 << 10, 256 << 10
+
+_log = logging.getLogger(__name__)
 
 GetRange = Callable[[str, int, int], Awaitable[bytes]]
 
@@ -161,8 +164,10 @@ class FramesAhead:
             run = self._queue.popleft()
             try:
                 await self._fetch(run.refs)
-            except TimelineError:
-                continue
+            except TimelineError as error:
+                _log.info("fetching ahead: %s", error.message)
+            except Exception:  # noqa: BLE001 - whoever waits for the rest of the queue needs this worker
+                _log.exception("fetching ahead")
             finally:
                 self._land(run)
 

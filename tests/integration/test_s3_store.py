@@ -7,6 +7,7 @@ import dataclasses
 import os
 import signal
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -108,6 +109,30 @@ def test_a_busy_server_is_not_asked_twice(s3_proxy: S3Proxy) -> None:
         assert s3_proxy.stats().faults_injected == 1
 
     on(s3_proxy.endpoint_url, scenario)
+
+
+def test_what_is_not_http_does_not_make_us_tell_a_signature() -> None:
+    """A presigned URL is a right to read: no message and no cause of one names it."""
+
+    async def garbage(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"SSH-2.0-nothing to see here\r\n\r\n")
+        writer.close()
+
+    async def run() -> None:
+        server = await asyncio.start_server(garbage, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        store = S3Store(BUCKET, endpoint_url=f"http://127.0.0.1:{port}")
+        try:
+            with pytest.raises(Unavailable) as raised:
+                await store.get("key", 0, 10)
+        finally:
+            await store.aclose()
+            server.close()
+        told = "".join(traceback.format_exception(raised.value))
+        assert "X-Amz" not in told and one_line(raised.value)
+
+    asyncio.run(run())
 
 
 def test_a_missing_key_and_a_range_beyond_the_end(s3_proxy: S3Proxy) -> None:

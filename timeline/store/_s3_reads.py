@@ -15,6 +15,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
 import yarl
 
 from timeline.errors import Unavailable
@@ -24,7 +25,7 @@ SIGNED_SECONDS = 300.0
 _VALID_SECONDS = 900
 MAX_SIGNATURES = 1024
 _SUCCESS = (200, 206)
-_FORBIDDEN = 403
+_NO_FAULT_OF_THE_URL = (404, 416)
 _BUSY = (429, 500, 502, 503, 504)
 
 
@@ -52,15 +53,21 @@ class PresignedReads:
         headers = {"User-Agent": self._client.meta.config.user_agent}
         if byte_range:
             headers["Range"] = byte_range
-        async with session.get(url, headers=headers, allow_redirects=False) as answer:
-            if answer.status in _SUCCESS:
-                yield answer
-                return
-            status = answer.status
+        try:
+            async with session.get(url, headers=headers, allow_redirects=False) as answer:
+                if answer.status in _SUCCESS:
+                    yield answer
+                    return
+                status = answer.status
+        except aiohttp.ClientResponseError as error:
+            # Its text names the URL.
+            raise Unavailable(
+                f"s3://{self._bucket} answers what is not HTTP (read {key})"
+            ) from error.__cause__
         if status in _BUSY:
             raise Unavailable(f"s3://{self._bucket} cannot read {key} just now: {status}")
-        if status == _FORBIDDEN:
-            # Credentials that have been renewed meanwhile, or presigned requests are not allowed at all.
+        if status not in _NO_FAULT_OF_THE_URL:
+            # Credentials that have been renewed meanwhile; or presigned requests are not taken here at all.
             self._useful = not fresh
             self._signed.clear()
         yield None
