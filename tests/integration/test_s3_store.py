@@ -17,7 +17,7 @@ from tests.support.manual_clock import ManualClock
 from tests.support.moto_server import MotoServer
 from tests.support.s3_proxy import S3Proxy
 from tests.support.s3_proxy_state import Fault
-from tests.support.seaweed import Seaweed
+from tests.support.seaweed import Seaweed, credentials
 from timeline.clock import SystemClock
 from timeline.errors import CheckFailed, DamagedStore, NotFound, TimelineError, Unavailable, UsageError
 from timeline.store.base import Store
@@ -132,7 +132,8 @@ def test_what_is_not_http_does_not_make_us_tell_a_signature() -> None:
         told = "".join(traceback.format_exception(raised.value))
         assert "X-Amz" not in told and one_line(raised.value)
 
-    asyncio.run(run())
+    with credentials():
+        asyncio.run(run())
 
 
 def test_a_missing_key_and_a_range_beyond_the_end(s3_proxy: S3Proxy) -> None:
