@@ -31,7 +31,7 @@ from restore.branch_request import (
 )
 from restore.branch_scripts import Scripts, kept_scripts
 from restore.branches import Branches
-from restore.compute import Instance, Postmaster, find_postmaster, kill, launch, stop
+from restore.compute import Instance, Postmaster, find_postmaster, kill, launch, read_control, stop
 from restore.host import Host, find_host, told_plainly
 from restore.isolation import Endpoint
 from restore.lazy_data import mount_stats, pin_note, remount_data, unmount_data
@@ -44,7 +44,7 @@ from restore.threads import to_the_end
 from timeline.catalog.when import AtLsn, When
 from timeline.clock import Clock
 from timeline.errors import TimelineError, UsageError
-from timeline.pg.control import CONTROL_FILE, parse_control
+from timeline.pg.control import ControlFile
 from timeline.pg.errors import FormatError
 
 _STOP_SECONDS = 60.0
@@ -318,7 +318,11 @@ class HostBranches:
         if branch.mode == LAZY:
             await remount_data(directory, self.host)
         data = directory / "data"
-        _check_resumable(branch, (data / CONTROL_FILE).read_bytes())
+        try:
+            _check_resumable(branch, read_control(data))
+        except UsageError:
+            await self._unmount(branch)
+            raise
         instance = Instance(self.host, binaries, data, directory / "postgres.log")
         starting = launch(instance)
         branch = self._save_process(branch, starting.postmaster)
@@ -437,12 +441,12 @@ def _what_ran(run: ScriptRun | None) -> tuple[object, ...]:
     return () if run is None else (run.database, tuple(record.digest for record in run.scripts))
 
 
-def _check_resumable(branch: LocalBranch, control: bytes) -> None:
+def _check_resumable(branch: LocalBranch, control: ControlFile) -> None:
     """Raise UsageError for a branch that ended before its first checkpoint (EDGE 57): after a built snapshot there are no
     full-page images to mend a page that was half written."""
-    if branch.origin is not None and not has_own_checkpoint(parse_control(control), branch.origin.tli):
+    if branch.origin is not None and not has_own_checkpoint(control, branch.origin.tli):
         raise UsageError(
-            f"branch {branch.name!r} ended within moments of being made, before its first checkpoint",
+            f"branch {branch.name!r} ended before its first checkpoint was complete, and cannot be resumed",
             hint=f"make it again: tl reset {branch.name}",
         )
 

@@ -12,6 +12,7 @@ checkpoint of its own yet is never resumed (EDGE 57), and Postgres begins that c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import platform
@@ -113,14 +114,15 @@ class BranchMaker:
         )
         self._near = isinstance(opened, NearStore)
         self.store = MeteredStore(opened)
-        if not self._near and self.branch.mode == LAZY:
-            # There is nearly always something to replay, and while the store is waited for the processor has nothing to do.
-            self._prefetcher = Prefetcher.begin(self._directory)
         try:
+            if not self._near:
+                # There is nearly always something to replay, and while the store is waited for the processor has nothing to do.
+                self._begin_prefetcher()
             return await self._make(self.store)
         finally:
             if self._prefetcher is not None:
                 self._prefetcher.stop()
+                await to_the_end(self._prefetcher.reap)
             await self.store.aclose()
 
     async def _make(self, store: Store) -> LocalBranch:
@@ -135,8 +137,8 @@ class BranchMaker:
         plan = plan_branch(history, target, incarnation)
         self._warnings += [*await history.remarks(target.tli), *_remarks(target)]
         self._record(store, plan, target, binaries)
-        if self._near and self.branch.mode == LAZY and plan.replayed_bytes > NEAR_PREFETCH_BYTES:
-            self._prefetcher = Prefetcher.begin(self._directory)
+        if self._near and plan.replayed_bytes > NEAR_PREFETCH_BYTES:
+            self._begin_prefetcher()
         wal = self._host.make_private(self._directory / "wal")
         write_histories(plan, wal, self._host)
         instance = Instance(self._host, binaries, self.data, self._directory / "postgres.log")
@@ -189,6 +191,13 @@ class BranchMaker:
         self._note(postmaster)
         shutil.rmtree(self._directory / "feed", ignore_errors=True)
         return self.branch
+
+    def _begin_prefetcher(self) -> None:
+        if self.branch.mode != LAZY:
+            return
+        # A help and nothing more.
+        with contextlib.suppress(OSError):
+            self._prefetcher = Prefetcher.begin(self._directory)
 
     async def _when(self, history: History) -> When:
         when = self.request.when

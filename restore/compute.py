@@ -24,7 +24,8 @@ from timeline.clock import Clock
 from timeline.errors import TimelineError, Unavailable
 from timeline.format.branch_state import Setting
 from timeline.lsn import Lsn
-from timeline.pg.control import CONTROL_FILE, parse_control
+from timeline.pg.control import CONTROL_FILE, ControlFile, parse_control
+from timeline.pg.errors import FormatError
 from timeline.pg.segment import history_name, parse_history
 
 POLL_SECONDS = 0.005
@@ -38,6 +39,8 @@ _DETAIL = re.compile(r"(?:DETAIL|HINT|CONTEXT):  (.*)")
 _KILL_SECONDS = 10.0
 _PROMOTE_FILE = "promote"
 _ASK_SECONDS = 0.05
+_CONTROL_READS = 100
+"""A write of a few hundred bytes is over long before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +103,6 @@ def launch(instance: Instance, *, options: Sequence[Setting] = (), promotes: boo
     return Launch(
         instance, Postmaster(process.pid, start_time(process.pid) or ""), process, log_offset, promotes
     )
-
-
-async def start(
-    instance: Instance, clock: Clock, *, options: Sequence[Setting] = (), ready_seconds: float
-) -> Postmaster:
-    """``launch`` and ``wait``."""
-    return await launch(instance, options=options).wait(clock, ready_seconds=ready_seconds)
 
 
 def find_postmaster(data: Path) -> Postmaster | None:
@@ -285,13 +281,21 @@ async def _wait_until_gone(postmaster: Postmaster, clock: Clock, seconds: float)
     return True
 
 
+def read_control(data: Path) -> ControlFile:
+    """pg_control of a server that may be writing it at this very moment (EDGE 31); raises FormatError."""
+    for _ in range(_CONTROL_READS - 1):
+        with contextlib.suppress(FormatError):
+            return parse_control((data / CONTROL_FILE).read_bytes())
+    return parse_control((data / CONTROL_FILE).read_bytes())
+
+
 def promoted_at(data: Path, wal: Path) -> tuple[int, Lsn]:
     """The tli a branch is on after its first start, and where it left its parent's WAL; whether or not it has made a
     checkpoint there.
 
     Raises TimelineError when the server has not left its parent's tli.
     """
-    control = parse_control((data / CONTROL_FILE).read_bytes())
+    control = read_control(data)
     tli = max(control.tli, control.min_recovery_point_tli)
     path = wal / history_name(tli)
     rows = parse_history(path.read_text()) if path.exists() else ()

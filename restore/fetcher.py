@@ -2,8 +2,8 @@
 
 Promises: every extent returned had its BLAKE3 checked (P5); of any number of callers that want one extent at
 once, one request is made; what is asked for within one step of the event loop and lies close together in one
-pack is one request. Bounds: MAX_REQUESTS requests in flight, MAX_BACKGROUND of them for what nobody waits for
-yet, MAX_RUN_BYTES each; MEMORY_BYTES of raw extents kept; MAX_STORING_BYTES waiting to be written to the disk
+pack is one request. Bounds: MAX_REQUESTS requests in flight for what somebody waits for, MAX_BACKGROUND for what nobody
+waits for yet, MAX_RUN_BYTES each; MEMORY_BYTES of raw extents kept; MAX_STORING_BYTES waiting to be written to the disk
 cache (above it they are not written at all). Failures: a store that does not answer is asked again until
 ``patience_seconds`` are over, then Unavailable; a damaged extent is fetched once more, then DamagedStore;
 NotFound at once.
@@ -42,9 +42,9 @@ AHEAD_BYTES = 16 << 20
 AHEAD_SECONDS = 2.0
 """What was not asked for after so long may make room."""
 MAX_STORING_BYTES = 16 << 20
-STORE_LATER_SECONDS = 5.0
-STORE_PAUSE_SECONDS = 0.005
-"""What a replay used is put into the disk cache so long after it was last fed, and so slowly."""
+STORE_LATER_SECONDS = 1.0
+STORE_PAUSE_SECONDS = 0.002
+"""What a replay used is put into the disk cache once it was fed no more for a while, and so slowly."""
 REQUEST_SECONDS = 30.0
 """A request without an answer for this long counts as failed."""
 
@@ -112,7 +112,7 @@ class Fetcher:
         self._requests = asyncio.Semaphore(MAX_REQUESTS)
         self._background = asyncio.Semaphore(MAX_BACKGROUND)
         self._pace = Pace()
-        self._frames = FramesAhead(self._get, self._pace, clock)
+        self._frames = FramesAhead(self._get_in_background, self._pace, clock)
         self._storing_later: asyncio.Task[None] | None = None
         self._storing_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -261,7 +261,7 @@ class Fetcher:
         return data
 
     def let_go(self) -> None:
-        """Give up what is in memory: the disk cache has it, too."""
+        """Give up what is in memory, but for what is still to be written to the disk cache."""
         self._memory.clear()
         self._memory_bytes = 0
         self._ahead_bytes -= sum(len(raw) for raw, _ in self._ahead.values())
@@ -399,6 +399,10 @@ class Fetcher:
                 self.counters.extents += 1
                 self._keep_on_disk(flight.ref.digest, outcome)
             self._land(flight, outcome)
+
+    async def _get_in_background(self, key: str, start: int, length: int) -> bytes:
+        async with self._background:
+            return await self._get(key, start, length)
 
     async def _get(self, key: str, start: int, length: int) -> bytes:
         began = self._clock.monotonic()

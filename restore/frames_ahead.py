@@ -4,13 +4,15 @@ A replay reads single pages of groups all over a database. Which ones is known b
 extent is a tenth of its group while it is compressed; so hundreds of them are fetched with few requests that read over
 the gaps in between, and decoded and verified (P5) only when somebody wants them.
 
-Bounds: FRAMES_BYTES held or on their way, REQUESTS in flight, RUN_BYTES each. What nobody asked for within AHEAD_SECONDS makes
-room for others; a fetch that finds no room for so long is given up. Failures are left to whoever needs the bytes.
+Bounds: FRAMES_BYTES held or on their way, and what a single run that somebody waits for brings besides; WORKERS runs at a
+time, RUN_BYTES each. What nobody asked for within KEPT_SECONDS makes room for others; a run that finds no room for so long
+is given up. Failures are left to whoever needs the bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,13 +24,15 @@ from timeline.errors import TimelineError
 from timeline.format.extent import ExtentRef
 
 FRAMES_BYTES = 48 << 20
-REQUESTS = 24
+WORKERS = 24
 RUN_BYTES = 1 << 20
 LONGEST_GAP_BYTES = 256 << 10
 REQUEST_COST_SECONDS = 0.002
 """What a request costs whoever makes and whoever answers it, besides its bytes and the wait for the first of them: a gap that
 is read over in less is no loss."""
-AHEAD_SECONDS = 3.0
+KEPT_SECONDS = 3.0
+LONGEST_WAIT_SECONDS = 40.0
+"""Nobody waits longer for a run: a request and the wait for room before it are over by then."""
 _POLL_SECONDS = 0.01
 _SMALL_BYTES, _LARGE_BYTES = 32 << 10, 256 << 10
 
@@ -42,23 +46,25 @@ class Pace:
 
     def __init__(self) -> None:
         self._wait: float | None = None
-        self._bytes_per_second: float | None = None
+        self._best: tuple[int, float] | None = None
+        """Length and seconds of the large request that was fastest: others are slower because many run at once."""
 
     def note(self, length: int, seconds: float) -> None:
         """A request of that length took so long."""
         if length <= _SMALL_BYTES:
             self._wait = seconds if self._wait is None else min(self._wait, seconds)
-        elif length >= _LARGE_BYTES and self._wait is not None:
-            # The best that was seen: others are slower because many run at once.
-            rate = length / max(seconds - self._wait, 0.001)
-            self._bytes_per_second = max(rate, self._bytes_per_second or 0.0)
+        elif length >= _LARGE_BYTES and (
+            self._best is None or length / seconds > self._best[0] / self._best[1]
+        ):
+            self._best = length, seconds
 
     @property
     def gap_bytes(self) -> int:
         """What is read over rather than making another request."""
-        if self._bytes_per_second is None:
+        if self._best is None or self._wait is None:
             return MAX_GAP_BYTES
-        worth = int(self._bytes_per_second * REQUEST_COST_SECONDS)
+        length, seconds = self._best
+        worth = int(length / max(seconds - self._wait, seconds / 10) * REQUEST_COST_SECONDS)
         return min(max(worth, MAX_GAP_BYTES), LONGEST_GAP_BYTES)
 
 
@@ -69,6 +75,8 @@ class _Run:
     refs: list[ExtentRef]
     done: asyncio.Future[None]
     """Set when they are here, or could not be had."""
+    awaited: bool = False
+    """Somebody cannot go on without it."""
 
 
 class FramesAhead:
@@ -92,12 +100,12 @@ class FramesAhead:
         self._asked = clock.monotonic()
 
     def __contains__(self, digest: bytes) -> bool:
-        return digest in self._frames or digest in self._coming
+        return digest in self._frames or digest in self._taken or digest in self._coming
 
     @property
     def busy(self) -> bool:
-        """Whether somebody has asked for more within the last AHEAD_SECONDS."""
-        return self._clock.monotonic() - self._asked < AHEAD_SECONDS
+        """Whether somebody has asked for more within the last KEPT_SECONDS."""
+        return self._clock.monotonic() - self._asked < KEPT_SECONDS
 
     def begin(self, refs: Sequence[ExtentRef]) -> None:
         """Begin to bring them here, those that come first in ``refs`` first."""
@@ -110,27 +118,29 @@ class FramesAhead:
             run = _Run(extents, loop.create_future())
             self._queue.append(run)
             self._coming.update((ref.digest, run) for ref in extents)
-        for _ in range(min(len(runs), REQUESTS - len(self._workers))):
-            worker = loop.create_task(self._work())
-            self._workers.add(worker)
-            worker.add_done_callback(self._workers.discard)
+        for _ in range(min(len(runs), WORKERS - len(self._workers))):
+            self._workers.add(loop.create_task(self._work()))
 
     async def wait(self, digest: bytes) -> bool:
         """Wait for an extent that is on its way, which makes it the next to be fetched; whether it was."""
         run = self._coming.get(digest)
         if run is None:
             return False
+        run.awaited = True
         if run in self._queue:
             self._queue.remove(run)
             self._queue.appendleft(run)
-        await asyncio.shield(run.done)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LONGEST_WAIT_SECONDS):
+                await asyncio.shield(run.done)
         return True
 
     def take(self, ref: ExtentRef, *, keep: bool) -> bytes | None:
         """The frame of an extent, not verified; ``keep``: it will also be had by ``pop_taken``."""
         kept = self._frames.pop(ref.digest, None)
         if kept is None:
-            return None
+            taken = self._taken.get(ref.digest)
+            return None if taken is None else taken[1]
         frame, _ = kept
         if keep:
             self._taken[ref.digest] = (ref, frame)
@@ -160,10 +170,17 @@ class FramesAhead:
         await asyncio.gather(*self._workers, return_exceptions=True)
 
     async def _work(self) -> None:
+        try:
+            await self._work_off()
+        finally:
+            # In the same step: whoever begins more must not count a worker that looks at the queue no more.
+            self._workers.discard(asyncio.current_task())
+
+    async def _work_off(self) -> None:
         while self._queue:
             run = self._queue.popleft()
             try:
-                await self._fetch(run.refs)
+                await self._fetch(run)
             except TimelineError as error:
                 _log.info("fetching ahead: %s", error.message)
             except Exception:  # noqa: BLE001 - whoever waits for the rest of the queue needs this worker
@@ -177,9 +194,10 @@ class FramesAhead:
         if not run.done.done():
             run.done.set_result(None)
 
-    async def _fetch(self, refs: list[ExtentRef]) -> None:
+    async def _fetch(self, run: _Run) -> None:
+        refs = run.refs
         size = sum(ref.stored_bytes for ref in refs)
-        if not await self._make_room(size):
+        if not await self._make_room(size, run):
             return
         self._bytes += size
         try:
@@ -189,24 +207,30 @@ class FramesAhead:
             self._bytes -= size
         now = self._clock.monotonic()
         for ref in refs:
+            if ref.digest in self._frames or ref.digest in self._taken:
+                continue
             # A copy: the gaps beside it are not to be kept with it.
             frame = bytes(frame_of(data, start, ref))
             self._frames[ref.digest] = (frame, now)
             self._bytes += len(frame)
 
-    async def _make_room(self, size: int) -> bool:
-        deadline = self._clock.monotonic() + AHEAD_SECONDS
+    async def _make_room(self, size: int, run: _Run) -> bool:
+        deadline = self._clock.monotonic() + KEPT_SECONDS
         while self._bytes + size > FRAMES_BYTES:
             if self.pop_taken() is not None:
                 continue
             now = self._clock.monotonic()
-            if self._frames:
-                digest, (frame, since) = next(iter(self._frames.items()))
-                if now - since >= AHEAD_SECONDS:
-                    del self._frames[digest]
-                    self._bytes -= len(frame)
-                    continue
-            if now >= deadline:
+            if run.awaited and self._frames:
+                # Of those that came, the ones that came last are wanted last.
+                _, (frame, _) = self._frames.popitem()
+                self._bytes -= len(frame)
+            elif run.awaited:
+                return True
+            elif self._frames and now - next(iter(self._frames.values()))[1] >= KEPT_SECONDS:
+                _, (frame, _) = self._frames.popitem(last=False)
+                self._bytes -= len(frame)
+            elif now >= deadline:
                 return False
-            await self._clock.sleep(_POLL_SECONDS)
+            else:
+                await self._clock.sleep(_POLL_SECONDS)
         return True

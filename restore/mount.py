@@ -286,7 +286,7 @@ class MountOperations(pyfuse3.Operations):  # type: ignore[misc]
         if inode == ROOT and name == STATS_ATTRIBUTE:
             self.write_stats()
             return
-        if inode != ROOT or name != PREFETCH_ATTRIBUTE or self._fetch_ahead is None:
+        if name != PREFETCH_ATTRIBUTE or self._fetch_ahead is None:
             raise OSError(errno.EOPNOTSUPP, "no attributes")
         await self._fetch_ahead(decode_prefetch(value))
 

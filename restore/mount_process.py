@@ -59,7 +59,7 @@ DETACHED_SECONDS = 3.0
 """How long a detached mount goes on serving whoever still has files open."""
 PIN_DELAY_SECONDS = 3.0
 """A branch starts before it is pinned: collection is hours away, and its user waits."""
-AHEAD_SECONDS = 5.0
+LOOK_UP_SECONDS = 5.0
 """Whoever asks for what will be wanted waits no longer than this."""
 _IDLE_WORKERS = 8
 _LOG_BYTES = 16 << 20
@@ -220,10 +220,10 @@ async def _fetch_boot_set(source: ExtentSource) -> int:
 
 
 async def _fetch_ahead(source: ExtentSource, listing: FileListing, wanted: Iterable[BlockRange]) -> None:
-    """At most AHEAD_SECONDS; what is not known of, or fails, is left to whoever needs the bytes."""
+    """At most LOOK_UP_SECONDS; what is not known of, or fails, is left to whoever needs the bytes."""
     rows = [(row, blocks) for blocks in wanted if (row := listing.get(blocks.path)) is not None]
     try:
-        async with asyncio.timeout(AHEAD_SECONDS):
+        async with asyncio.timeout(LOOK_UP_SECONDS):
             await source.fetch_ahead([(row, blocks) for row, blocks in rows if row.kind == FILE])
     except (TimelineError, TimeoutError) as error:
         _log.info("fetching ahead: %s", error)

@@ -21,6 +21,8 @@ from timeline.lsn import Lsn
 
 ROWS_BYTES = 24 << 20
 MAX_ANSWERS = 4096
+ROW_GROUPS_AT_ONCE = 32
+"""Read together for many groups; half of ROWS_BYTES when all are full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,38 +84,27 @@ class PageIndex:
         return answer if isinstance(answer, tuple) else None
 
     async def pieces_of_many(
-        self, wanted: Sequence[GroupWanted]
+        self, wanted: Iterable[GroupWanted]
     ) -> AsyncIterator[tuple[GroupWanted, tuple[Piece, ...]]]:
-        """The pieces of many groups, in any order, and what has to be read for them at once; raises as ``pieces``.
-
-        What is read and does not stay in memory for long enough is left out.
-        """
+        """The pieces of many groups, in the order of files; what has to be read for them is read at once, as far as it stays
+        in memory together. Raises as ``pieces``."""
         await self.open()
         footers = self._footers
         if footers is None:
             raise RuntimeError("the index was not opened")
-        left = list(wanted)
-        # Of every manifest, whether or not a newer one will turn out to tell all: one wait for the store instead of many.
-        await self._load_all(footers, {place for want in left for place in self._places(footers, want)})
-        for _ in range(len(footers) + 1):
-            missing: set[_Missing] = set()
-            again: list[GroupWanted] = []
-            for want in left:
-                known = self._answers.get((want.path, want.group))
-                answer = (
-                    known
-                    if known is not None
-                    else self._resolve(footers, want.path, want.group, want.blocks, want.born)
-                )
-                if isinstance(answer, _Missing):
-                    missing.add(answer)
-                    again.append(want)
-                else:
-                    yield want, answer
-            if not missing:
-                return
-            left = again
-            await self._load_all(footers, missing)
+        part: list[GroupWanted] = []
+        places: set[_Missing] = set()
+        for want in sorted(wanted, key=lambda one: (one.path, one.group)):
+            # Of every manifest, whether or not a newer one will turn out to tell all: one wait for the store instead of many.
+            of_want = set(self._places(footers, want))
+            if part and len(places | of_want) > ROW_GROUPS_AT_ONCE:
+                async for found in self._resolve_loaded(footers, part, places):
+                    yield found
+                part, places = [], set(self._places(footers, want))
+            part.append(want)
+            places |= of_want
+        async for found in self._resolve_loaded(footers, part, places):
+            yield found
 
     async def pieces(self, path: str, group: int, blocks: int, born: Lsn) -> tuple[Piece, ...]:
         """The same, after reading what is needed; raises Unavailable, NotFound, DamagedStore."""
@@ -159,6 +150,19 @@ class PageIndex:
             self._answers.popitem(last=False)
         return answer
 
+    async def _resolve_loaded(
+        self, footers: tuple[Footer, ...], wanted: list[GroupWanted], places: set[_Missing]
+    ) -> AsyncIterator[tuple[GroupWanted, tuple[Piece, ...]]]:
+        await asyncio.gather(*(self._load(footers, each.manifest, each.row_group) for each in places))
+        for want in wanted:
+            known = self._answers.get((want.path, want.group))
+            if known is None:
+                answer = self._resolve(footers, want.path, want.group, want.blocks, want.born)
+                # Evicted already, by others that were asked for meanwhile: left out.
+                known = answer if isinstance(answer, tuple) else None
+            if known is not None:
+                yield want, known
+
     def _places(self, footers: tuple[Footer, ...], want: GroupWanted) -> Iterator[_Missing]:
         for number, footer in enumerate(footers):
             lsn = self._manifests[number].lsn
@@ -167,9 +171,6 @@ class PageIndex:
             row_group = footer.find(want.path, want.group)
             if row_group is not None and (number, row_group) not in self._rows:
                 yield _Missing(number, row_group)
-
-    async def _load_all(self, footers: tuple[Footer, ...], places: Iterable[_Missing]) -> None:
-        await asyncio.gather(*(self._load(footers, each.manifest, each.row_group) for each in places))
 
     async def _load(self, footers: tuple[Footer, ...], manifest: int, row_group: int) -> None:
         place = (manifest, row_group)

@@ -7,13 +7,12 @@ by the mount. It is a help and nothing more: it may fail, or be late, and is sto
 
 numba is imported by the child alone, which is begun while the branch is still being planned out, and told its task when
 the mount stands. Bounds: one segment and ``WINDOW_BYTES`` of WAL in memory, ``READERS`` reads at once, ``OPEN_FILES`` files
-open between batches; two batches of ``BATCH_RANGES`` asked of the mount.
+open at a time, about; two batches of ``BATCH_RANGES`` asked of the mount.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import subprocess
@@ -42,6 +41,7 @@ BATCH_RANGES = 1500
 """Asked of the mount at once: the more, the fewer requests it makes of the store."""
 READERS = 4
 OPEN_FILES = 64
+REAP_SECONDS = 5.0
 _WAIT_SECONDS = 60.0
 _POLL_SECONDS = 0.01
 _STATUS_DIRECTORIES = ("pg_xact", "pg_multixact/offsets", "pg_multixact/members", "pg_commit_ts")
@@ -103,9 +103,13 @@ class Prefetcher:
                 pipe.write(json.dumps(to_json(task)).encode())
 
     def stop(self) -> None:
-        """End it; harmless when it has ended."""
+        """End it, and do not wait: what it has asked of the mount has to be answered first. Harmless when it has ended."""
         self._process.kill()
-        self._process.wait()
+
+    def reap(self) -> None:
+        """Wait for its end, REAP_SECONDS at most; after ``stop``."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(REAP_SECONDS)
         if self._process.stdin is not None:
             self._process.stdin.close()
 
@@ -114,8 +118,11 @@ def main() -> None:
     """The child."""
     from restore import replay_reads
 
-    replay_reads.prepare()
-    told = sys.stdin.read()
+    with ThreadPoolExecutor(1) as reader:
+        # Whoever writes must not wait for what is imported here.
+        telling = reader.submit(sys.stdin.read)
+        replay_reads.prepare()
+        told = telling.result()
     if not told:
         return
     try:
@@ -132,7 +139,7 @@ def run(task: PrefetchTask, clock: Clock) -> None:
     reads = ReplayReads(task.segment_bytes, task.relation_segment_bytes, task.tablespace_directory)
     with Warmer(data) as warmer:
         before: list[BlockRange] = []
-        for wanted in _batches(_wanted(task, reads, clock)):
+        for wanted in batches(task, reads, clock):
             if not task.near:
                 prefetch(data, wanted)
             # The mount fetches one batch while the one before is read.
@@ -141,16 +148,17 @@ def run(task: PrefetchTask, clock: Clock) -> None:
         warmer.read(before)
 
 
-def _wanted(task: PrefetchTask, reads: ReplayReads, clock: Clock) -> Iterator[BlockRange]:
-    """What replay reads, about in its order."""
-    yield from status_files(Path(task.data))
-    for start, wal in windows(task, clock):
-        yield from reads.of(wal, start)
-
-
-def _batches(wanted: Iterator[BlockRange]) -> Iterator[list[BlockRange]]:
-    while batch := list(itertools.islice(wanted, BATCH_RANGES)):
-        yield batch
+def batches(task: PrefetchTask, reads: ReplayReads, clock: Clock) -> Iterator[list[BlockRange]]:
+    """What replay reads, about in its order: BATCH_RANGES at a time, or as much as the WAL tells of that is there."""
+    batch = list(status_files(Path(task.data)))
+    for start, wal, more in windows(task, clock):
+        batch += reads.of(wal, start)
+        while len(batch) >= BATCH_RANGES:
+            yield batch[:BATCH_RANGES]
+            del batch[:BATCH_RANGES]
+        if batch and not more:
+            yield batch
+            batch = []
 
 
 class Warmer:
@@ -171,10 +179,12 @@ class Warmer:
 
     def read(self, wanted: Sequence[BlockRange]) -> None:
         """All of it; what cannot be read is left to whoever needs it."""
-        found = [(fd, one) for one in wanted if (fd := self._open(one.path)) is not None]
-        list(self._pool.map(lambda pair: _read_range(*pair), found))
-        while len(self._files) > OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
+        for at in range(0, len(wanted), OPEN_FILES):
+            part = wanted[at : at + OPEN_FILES]
+            found = [(fd, one) for one in part if (fd := self._open(one.path)) is not None]
+            list(self._pool.map(lambda pair: _read_range(*pair), found))
+            while len(self._files) > OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
 
     def _open(self, path: str) -> int | None:
         """A descriptor; ``None`` for a file that replay has removed, or not made yet."""
@@ -207,18 +217,24 @@ def status_files(data: Path) -> Iterator[BlockRange]:
             yield BlockRange(f"{directory}/{names[-1]}", 0, _STATUS_BLOCKS)
 
 
-def windows(task: PrefetchTask, clock: Clock) -> Iterator[tuple[Lsn, bytes]]:
-    """The WAL from the redo point on, cut at multiples of WINDOW_BYTES.
+def windows(task: PrefetchTask, clock: Clock) -> Iterator[tuple[Lsn, bytes, bool]]:
+    """The WAL from the redo point on, cut at multiples of WINDOW_BYTES; with each part, whether the next one is there already.
 
     A record across a cut is known in neither part; its blocks are left out.
     """
-    for segment in task.segments:
+    following = (*task.segments[1:], None)
+    for segment, after in zip(task.segments, following, strict=True):
         data = _read(task, segment, clock)[: segment.end - segment.start]
         at = max(task.redo - segment.start, 0)
         while at < len(data):
             stop = min(len(data), at - at % WINDOW_BYTES + WINDOW_BYTES)
-            yield Lsn(segment.start + at), data[at:stop]
+            more = stop < len(data) or (after is not None and _is_there(task, after))
+            yield Lsn(segment.start + at), data[at:stop], more
             at = stop
+
+
+def _is_there(task: PrefetchTask, segment: SegmentFile) -> bool:
+    return any((Path(place) / segment.name).exists() for place in task.places)
 
 
 def _read(task: PrefetchTask, segment: SegmentFile, clock: Clock) -> bytes:

@@ -48,7 +48,8 @@ def recovery_in_place(plan: BranchPlan) -> Recovery:
         (
             Setting("recovery_target_timeline", str(plan.tli)),
             Setting("restore_command", NEVER),
-            # The checkpoint after promotion is not to take its time: it makes the branch able to survive.
+            # The checkpoint after promotion is not to take its time: it makes the branch able to survive. As an option of the
+            # command line it also holds for later ones, until the next start.
             Setting("checkpoint_completion_target", "0"),
         ),
         promotes=True,

@@ -90,15 +90,21 @@ class ExtentSource:
         those are. Raises Unavailable, DamagedStore, MissingObject."""
         groups = [group for row, blocks in wanted for group in _groups_wanted(row, blocks)]
 
+        rank = {(group.path, group.group): number for number, group in reversed(list(enumerate(groups)))}
+
         async def attempt() -> None:
-            refs = []
-            async for want, pieces in self.index.pieces_of_many(groups):
-                refs += [
-                    piece.ref
-                    for piece in pieces
-                    if piece.first_block < want.end and want.first < piece.first_block + piece.blocks
-                ]
-            self.fetcher.fetch_ahead(refs)
+            refs: list[tuple[int, ExtentRef]] = []
+            try:
+                async for want, pieces in self.index.pieces_of_many(groups):
+                    refs += [
+                        (rank[want.path, want.group], piece.ref)
+                        for piece in pieces
+                        if piece.first_block < want.end and want.first < piece.first_block + piece.blocks
+                    ]
+            finally:
+                # Also what was found in time when the rest was not.
+                refs.sort(key=lambda one: one[0])
+                self.fetcher.fetch_ahead([ref for _, ref in refs])
 
         await self.with_reload(attempt)
 

@@ -269,7 +269,7 @@ def test_the_first_checkpoint_comes_by_itself(bench: Bench) -> None:
     """Nobody waits for it, and it does not take its time; from then on a crash costs nothing."""
     made = bench.create(name="grown")
     run(made.dsn, "set synchronous_commit = on", "create table mine as select 1 as n")
-    wait_for_first_checkpoint(Path(made.data_directory), seconds=20)
+    wait_for_first_checkpoint(Path(made.data_directory), parent_tli=1, seconds=20)
     (mount,) = agent.mounts(bench.state)
     os.kill(mount.pid, signal.SIGKILL)
     wait_until(lambda: bench.branches.status("grown").state == "broken")

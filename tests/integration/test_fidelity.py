@@ -150,7 +150,7 @@ def test_pages_equal_stock_recovery(recorded: Recorded, position: int) -> None:
     oracle = _oracle(recorded, moment, f"oracle-{position}")
     result = recorded.host.tl("branch", f"pages-{position}", "--at", moment.lsn)
     try:
-        wait_for_first_checkpoint(Path(result["data_directory"]))
+        wait_for_first_checkpoint(Path(result["data_directory"]), parent_tli=1)
         differing, compared = _differences(oracle, Path(result["data_directory"]))
         assert differing == [], f"{moment.step}: {len(differing)} of {compared} pages: {differing[:20]}"
         assert compared > 3000

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from restore.binaries import Binaries
-from restore.compute import Instance, Postmaster, kill, launch, promoted_at, start, stop
+from restore.compute import Instance, Postmaster, kill, launch, promoted_at, stop
 from restore.data_files import PlainDirectory, lay_out
 from restore.host import Host, find_host
 from restore.host_support import host_support
@@ -108,6 +108,11 @@ async def recover(branch: PlainBranch, backup: PlainBackup, *, feeding: bool = F
     branch.postmaster = await starting.wait(CLOCK, ready_seconds=60)
     if feeder is not None:
         await feeder
+
+
+def started_again(branch: PlainBranch) -> Postmaster:
+    """Its server, once more."""
+    return asyncio.run(launch(branch.instance).wait(CLOCK, ready_seconds=30))
 
 
 @contextlib.contextmanager
@@ -359,8 +364,8 @@ def test_stop_and_start_again(source: tuple[PostgresServer, PlainBackup]) -> Non
         assert branch.postmaster is not None
         branch.value("with i as (insert into t values (-2) returning 1) select * from i")
         asyncio.run(stop(branch.postmaster, CLOCK, seconds=30))
-        branch.postmaster = asyncio.run(start(branch.instance, CLOCK, ready_seconds=30))
+        branch.postmaster = started_again(branch)
         assert branch.value("select count(*) from t") == 1001
         asyncio.run(kill(branch.postmaster, CLOCK))
-        branch.postmaster = asyncio.run(start(branch.instance, CLOCK, ready_seconds=30))
+        branch.postmaster = started_again(branch)
         assert branch.value("select count(*) from t") == 1001

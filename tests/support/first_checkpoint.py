@@ -5,19 +5,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from timeline.pg.control import CONTROL_FILE, parse_control
-from timeline.pg.errors import FormatError
+from restore.compute import read_control
+from restore.recovery import has_own_checkpoint
 
 
-def wait_for_first_checkpoint(data: Path, *, parent_tli: int = 1, seconds: float = 60) -> None:
+def wait_for_first_checkpoint(data: Path, *, parent_tli: int, seconds: float = 60) -> None:
     """Wait until the branch in that directory has made a checkpoint since it left its parent's tli."""
     deadline = time.monotonic() + seconds
     while True:
-        try:
-            if parse_control((data / CONTROL_FILE).read_bytes()).tli > parent_tli:
-                return
-        except FormatError:
-            pass  # torn: it is being written
+        if has_own_checkpoint(read_control(data), parent_tli):
+            return
         if time.monotonic() > deadline:
             raise TimeoutError(f"no checkpoint in {data} within {seconds} s")
         time.sleep(0.02)

@@ -34,7 +34,8 @@ _WAIT_SECONDS = 0.02
 """Upper bound of the random wait after the first lost race; doubles up to _LONGEST_WAIT_SECONDS."""
 _LONGEST_WAIT_SECONDS = 2.0
 _GETS = 32
-"""Entries fetched at once while walking back."""
+"""Entries fetched at once."""
+_NEAREST = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,10 +230,20 @@ async def _head_at(store: Store, branch: str, newest: int, known: LogHead | None
         if entry.number == checkpoint:
             raise DamagedStore(keys.log_entry(branch, entry.number), 0, "expected a state in this entry")
         if not earlier:
-            # All of them at once: while states are small they are in every entry, and then in none between checkpoints.
-            earlier = await _read_entries(store, branch, range(below, entry.number))
+            earlier = await _read_earlier(store, branch, range(below, entry.number))
         entry = earlier.pop()
     return LogHead(newest, _replay(entry.state, since[::-1]))
+
+
+async def _read_earlier(store: Store, branch: str, numbers: range) -> list[LogEntry]:
+    """All of them at once: while states are small they are in every entry, and later in none between checkpoints. Where one is
+    missing, only the nearest: a copy of a store may yet be whole as far as that (EDGE 63)."""
+    try:
+        return await _read_entries(store, branch, numbers)
+    except NotFound:
+        if len(numbers) <= _NEAREST:
+            raise
+        return await _read_entries(store, branch, numbers[-_NEAREST:])
 
 
 async def _read_entries(store: Store, branch: str, numbers: range) -> list[LogEntry]:

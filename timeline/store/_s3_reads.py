@@ -33,13 +33,14 @@ class PresignedReads:
     """Reads objects of one bucket with an aiobotocore client's credentials and connections."""
 
     def __init__(self, client: Any, bucket: str) -> None:
-        self._client = client
+        self._client: Any = client
         self._bucket = bucket
         self._signed: dict[str, tuple[yarl.URL, float]] = {}
-        # aiobotocore keeps its connections to itself; its version is pinned.
-        self._connections = client._endpoint.http_session
-        # A proxy may want to be told who asks: left to the ordinary way.
-        self._useful = not self._connections._proxy_config._proxies
+        # aiobotocore keeps its connections to itself. A release that keeps them elsewhere is read from in the ordinary way,
+        # and so is a proxy, which may want to be told who asks.
+        self._connections: Any = getattr(getattr(client, "_endpoint", None), "http_session", None)
+        proxies = getattr(getattr(self._connections, "_proxy_config", None), "_proxies", None)
+        self._useful = hasattr(self._connections, "_get_session") and proxies is not None and not proxies
 
     @contextlib.asynccontextmanager
     async def open(self, key: str, byte_range: str) -> AsyncIterator[Any | None]:
@@ -50,7 +51,7 @@ class PresignedReads:
             return
         url, fresh = await self._url(key)
         session = await self._connections._get_session(None)
-        headers = {"User-Agent": self._client.meta.config.user_agent}
+        headers = {"User-Agent": self._client.meta.config.user_agent, "Accept-Encoding": "identity"}
         if byte_range:
             headers["Range"] = byte_range
         try:
@@ -68,7 +69,7 @@ class PresignedReads:
             raise Unavailable(f"s3://{self._bucket} cannot read {key} just now: {status}")
         if status not in _NO_FAULT_OF_THE_URL:
             # Credentials that have been renewed meanwhile; or presigned requests are not taken here at all.
-            self._useful = not fresh
+            self._useful = self._useful and not fresh
             self._signed.clear()
         yield None
 

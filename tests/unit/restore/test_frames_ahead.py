@@ -10,7 +10,7 @@ import pytest
 
 from restore import frames_ahead
 from restore.extent_runs import MAX_GAP_BYTES, coalesce
-from restore.frames_ahead import LONGEST_GAP_BYTES, REQUESTS, FramesAhead, Pace
+from restore.frames_ahead import LONGEST_GAP_BYTES, REQUEST_COST_SECONDS, WORKERS, FramesAhead, Pace
 from tests.support.manual_clock import ManualClock
 from timeline.errors import Unavailable
 from timeline.format import keys
@@ -82,12 +82,12 @@ def test_close_together_is_one_request() -> None:
 
 def test_in_the_order_in_which_they_are_wanted() -> None:
     async def work(bench: Bench) -> None:
-        packs = [f"{number:02x}" for number in range(REQUESTS + 20)]
+        packs = [f"{number:02x}" for number in range(WORKERS + 20)]
         random.Random(1).shuffle(packs)
         bench.open.clear()
         bench.frames.begin([extent(pack, 0) for pack in packs])
         await asyncio.sleep(0.01)
-        assert bench.most_at_once == REQUESTS
+        assert bench.most_at_once == WORKERS
         bench.open.set()
         await bench.settled()
         assert [key for key, _, _ in bench.asked] == [keys.pack(pack) for pack in packs]
@@ -97,7 +97,7 @@ def test_in_the_order_in_which_they_are_wanted() -> None:
 
 def test_whoever_waits_comes_next_and_asks_nothing_twice() -> None:
     async def work(bench: Bench) -> None:
-        refs = [extent(f"{number:02x}", 0) for number in range(REQUESTS + 20)]
+        refs = [extent(f"{number:02x}", 0) for number in range(WORKERS + 20)]
         bench.open.clear()
         bench.frames.begin(refs)
         await asyncio.sleep(0)
@@ -108,7 +108,7 @@ def test_whoever_waits_comes_next_and_asks_nothing_twice() -> None:
         assert await waiting
         assert bench.frames.take(refs[-1], keep=False) is not None
         await bench.settled()
-        assert bench.asked[REQUESTS][0] == keys.pack(refs[-1].pack)
+        assert bench.asked[WORKERS][0] == keys.pack(refs[-1].pack)
         assert len(bench.asked) == len(refs)
         assert not await bench.frames.wait(refs[-1].digest)
 
@@ -158,12 +158,16 @@ def test_a_gap_is_read_over_where_bytes_come_fast() -> None:
     pace.note(1 << 20, 0.030)
     assert pace.gap_bytes == MAX_GAP_BYTES, "the wait for the first byte is not known"
     pace.note(100, 0.020)
-    pace.note(1 << 20, 0.020 + 0.020)
-    assert pace.gap_bytes == (1 << 20) // 10
+    assert pace.gap_bytes == int((1 << 20) / 0.010 * REQUEST_COST_SECONDS)
     pace.note(1 << 20, 1.0)
-    assert pace.gap_bytes == (1 << 20) // 10
-    pace.note(1 << 20, 0.001)
+    assert pace.gap_bytes == int((1 << 20) / 0.010 * REQUEST_COST_SECONDS), "slower than it could be"
+    pace.note(1 << 20, 0.025)
     assert pace.gap_bytes == LONGEST_GAP_BYTES
+    first_of_all = Pace()
+    first_of_all.note(100, 0.400)
+    first_of_all.note(1 << 20, 0.350)
+    first_of_all.note(100, 0.050)
+    assert first_of_all.gap_bytes == MAX_GAP_BYTES, "the first wait was for more than the first byte"
     slow = Pace()
     slow.note(100, 0.020)
     slow.note(1 << 20, 1.0)
@@ -175,3 +179,56 @@ def test_runs_are_bounded() -> None:
     runs = coalesce(refs[::-1], max_gap_bytes=0, max_run_bytes=10 * STORED)
     assert [len(run) for run in runs] == [10, 10, 10]
     assert runs[0][0] == refs[0]
+
+
+def test_an_extent_asked_for_twice_is_fetched_and_counted_once() -> None:
+    """Whoever comes back before the disk cache has it finds it."""
+
+    async def work(bench: Bench) -> None:
+        ref = extent("aa", 0)
+        for _ in range(3):
+            if ref.digest not in bench.frames:
+                bench.frames.begin([ref])
+            await bench.settled()
+            assert bench.frames.take(ref, keep=True) is not None
+        assert len(bench.asked) == 1
+        assert bench.frames._bytes == STORED
+        assert bench.frames.pop_taken() is not None
+        assert bench.frames._bytes == 0
+
+    run(work)
+
+
+def test_whoever_waits_does_not_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames_ahead, "FRAMES_BYTES", 2 * STORED)
+
+    async def work(bench: Bench) -> None:
+        first, last, needed = (extent(pack, 0) for pack in ("aa", "bb", "cc"))
+        bench.frames.begin([first, last])
+        await bench.settled()
+        bench.frames.begin([needed])
+        before = bench.clock.monotonic()
+        assert await bench.frames.wait(needed.digest)
+        assert bench.clock.monotonic() - before < 1
+        assert needed.digest in bench.frames and first.digest in bench.frames
+        assert last.digest not in bench.frames
+
+    run(work)
+
+
+def test_more_may_be_begun_in_the_step_in_which_all_workers_end() -> None:
+    async def work(bench: Bench) -> None:
+        bench.open.clear()
+        first = [extent(f"{number:02x}", 0) for number in range(WORKERS)]
+        bench.frames.begin(first)
+        waiting = asyncio.create_task(bench.frames.wait(first[-1].digest))
+        await asyncio.sleep(0)
+        bench.open.set()
+        await waiting
+        late = extent("zz", 0)
+        bench.frames.begin([late])
+        async with asyncio.timeout(5):
+            assert await bench.frames.wait(late.digest)
+        assert late.digest in bench.frames
+
+    run(work)

@@ -45,9 +45,15 @@ def test_windows_begin_at_the_redo_point_and_end_with_the_wal(tmp_path: Path) ->
         near=True,
     )
     at = int(task.redo)
-    for start, part in windows(task, ManualClock()):
+    told = []
+    for start, part, more in windows(task, ManualClock()):
+        told.append(more)
         assert start == at and 0 < len(part) <= WINDOW_BYTES
         assert part == content[at - begin : at - begin + len(part)]
         at += len(part)
         assert at % WINDOW_BYTES == 0 or at == end
     assert at == end
+    assert told == [True] * (len(told) - 1) + [False]
+    (feed / "second").rename(tmp_path / "second")
+    _, _, more = next(windows(task, ManualClock()))
+    assert not more, "the next segment is still to come"
