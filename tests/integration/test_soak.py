@@ -11,7 +11,6 @@ from tests.soak.plan import SoakPlan
 from tests.soak.run import soak, table
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("soak")
 @pytest.mark.timeout(1500)
 @pytest.mark.fuse
