@@ -29,7 +29,7 @@ lint: setup ## formatting, lint, types, layers
 	.venv/bin/lint-imports
 
 test: lint ## lint, types and all tests but the slow ones
-	$(PY) -m pytest -q -n 3 --dist loadfile -m "not slow"
+	$(PY) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: setup ## the long ones: durability, fidelity over many moments
 	$(PY) -m pytest -q -m slow
