@@ -15,6 +15,8 @@ from benchmarks.cost import MeteredStore, Stretch, archive_stretch
 AGENT = "timeline/archive"
 MOST_OFF = 0.1
 """What the model may be off by, relative to what was counted."""
+FEW = 25
+"""Of what is counted in hundreds, a session with the source more or less is more than that: its start costs a dozen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,11 @@ class Compared:
     def off_by(self) -> float:
         """Relative to what was counted."""
         return abs(self.modelled - self.counted) / max(1, self.counted)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the model is good enough."""
+        return self.off_by <= MOST_OFF or abs(self.modelled - self.counted) <= FEW
 
 
 def compare(

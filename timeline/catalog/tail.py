@@ -108,16 +108,26 @@ class Tail:
 class KnownChunks:
     """Chunks of one branch that were read before, for whoever asks for a tail again and again.
 
-    A chunk never changes, so what was read of it stays true; whether it is still there, a listing says. Bound: what
-    the last listing of each tli held.
+    A chunk never changes, so what was read of it stays true; whether it is still there, a listing says. A tli that the
+    source left gets no more chunks, so once none is left there, none will be. Bound: what the last listing of each tli
+    held.
     """
 
     def __init__(self) -> None:
         self._of: dict[int, dict[str, TailChunk]] = {}
+        self._done: set[int] = set()
 
     def of(self, tli: int) -> Mapping[str, TailChunk]:
         """By key."""
         return self._of.get(tli, {})
+
+    def is_done(self, tli: int) -> bool:
+        """Whether nothing waits on a tli that was left."""
+        return tli in self._done
+
+    def mark_done(self, tli: int) -> None:
+        """Nothing waits on a tli that was left."""
+        self._done.add(tli)
 
     def keep(self, tli: int, chunks: Iterable[TailChunk]) -> None:
         """All that is known of a tli from now on."""

@@ -74,11 +74,15 @@ async def seal(
     for known in sorted(state.tlis, key=lambda one: one.end is None):
         if tli is not None and known.tli != tli:
             continue
+        if known_chunks is not None and known_chunks.is_done(known.tli):
+            continue
         try:
             # No more than one bite: behind a backlog the rest would be read again for each of them.
             tail = await find_tail(
                 store, state, known.tli, within_bytes=SEAL_BYTES, known_chunks=known_chunks
             )
+            if known_chunks is not None and known.end is not None and not (tail.chunks or tail.detached):
+                known_chunks.mark_done(known.tli)
             if tail.chunks and (force or known.end is not None or is_due(tail, clock)):
                 return await _seal(store, log, clock, _adjoining(tail), head.number)
         except Superseded as error:

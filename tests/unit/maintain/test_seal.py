@@ -16,7 +16,7 @@ from tests.support.archived_wal import FIRST, NOON, SECOND, Archive, Server
 from timeline.catalog.branch_log import BranchLog
 from timeline.catalog.index_reader import read_frames
 from timeline.catalog.line import Span
-from timeline.catalog.tail import find_tail
+from timeline.catalog.tail import KnownChunks, find_tail
 from timeline.catalog.when import AtTime, Latest, When
 from timeline.errors import DamagedStore
 from timeline.format import keys, zstd_frame
@@ -184,6 +184,38 @@ def test_a_tli_the_source_left_is_sealed_at_once_with_its_orphan_tail() -> None:
         assert await seal(archive.store, archive.log, archive.clock) is None
         assert await seal(archive.store, archive.log, archive.clock, tli=1, force=True) is None
         assert await seal(archive.store, archive.log, archive.clock, tli=2, force=True) is not None
+
+    asyncio.run(work())
+
+
+def test_a_tli_that_was_left_is_asked_for_until_nothing_waits_there() -> None:
+    """A source that failed over ten times would cost ten listings a look for ever."""
+
+    async def work() -> None:
+        archive = Archive()
+        old = await some_chunks(archive, 3)
+        fork = Lsn(old.records[2].end)
+        new = old.cut_back(fork).promote(2)
+        await archive.switch(old, fork, new)
+        new.commit(NOON + 60 * SECOND, 900)
+        await archive.archive(new)
+        listed: list[str] = []
+
+        async def note(call: Call) -> None:
+            if call.verb == "list" and call.key.startswith("wal/"):
+                listed.append(call.key)
+
+        store, known = FaultyStore(archive.store, before=note), KnownChunks()
+        while await seal(store, archive.log, archive.clock, known_chunks=known) is not None:
+            pass
+        assert keys.chunk_prefix("main", 1) in listed
+        listed.clear()
+        assert await seal(store, archive.log, archive.clock, known_chunks=known) is None
+        assert listed == [keys.chunk_prefix("main", 2)]
+        # Whoever knows nothing asks for all of them.
+        listed.clear()
+        assert await seal(store, archive.log, archive.clock, known_chunks=KnownChunks()) is None
+        assert sorted(listed) == [keys.chunk_prefix("main", 1), keys.chunk_prefix("main", 2)]
 
     asyncio.run(work())
 
