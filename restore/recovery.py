@@ -48,9 +48,10 @@ def recovery_in_place(plan: BranchPlan) -> Recovery:
         (
             Setting("recovery_target_timeline", str(plan.tli)),
             Setting("restore_command", NEVER),
-            # The checkpoint after promotion is not to take its time: it makes the branch able to survive. As an option of the
-            # command line it also holds for later ones, until the next start.
-            Setting("checkpoint_completion_target", "0"),
+            # The checkpoint after promotion makes the branch able to survive, so it is not to take its time; and it is not to be
+            # in the way of the first queries, which need the mount, too: three seconds (of Postgres's five minutes). As an
+            # option of the command line this also holds for later checkpoints, until the next start.
+            Setting("checkpoint_completion_target", "0.01"),
         ),
         promotes=True,
     )
