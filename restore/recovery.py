@@ -48,7 +48,7 @@ def recovery_in_place(plan: BranchPlan) -> Recovery:
         (
             Setting("recovery_target_timeline", str(plan.tli)),
             Setting("restore_command", NEVER),
-            # The checkpoint after promotion makes the branch able to survive, so it is not to take its time; and it is not to be
+            # The checkpoint after promotion makes the branch able to survive, so it is not to take its time; nor is it to be
             # in the way of the first queries, which need the mount, too: three seconds (of Postgres's five minutes). As an
             # option of the command line this also holds for later checkpoints, until the next start.
             Setting("checkpoint_completion_target", "0.01"),
