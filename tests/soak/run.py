@@ -154,7 +154,7 @@ def _under_load(place: Place, daemon: DaemonProcess, report: SoakReport, say: Ca
     report.checks += [
         Check(
             f"the cost model's {one.verb}",
-            one.agrees,
+            one.agrees(plan.minutes),
             f"{one.counted:,} counted, {one.modelled:,.0f} modelled",
         )
         for one in report.compared
