@@ -15,9 +15,9 @@ from benchmarks.cost import MeteredStore, Stretch, archive_stretch
 AGENT = "timeline/archive"
 MOST_OFF = 0.1
 """What the model may be off by in a soak of LONG_MINUTES or more, relative to what was counted."""
-MOST_OFF_SHORT = 0.2
+MOST_OFF_SHORT = 0.25
 """In a shorter one. In the model sealing takes no time; there, on a machine that does much else, it takes seconds, chunks
-are read by the next look meanwhile, and a stall is a third of it: GETs were off by 0.4 to 13 %."""
+are read by the next look meanwhile, and a stall is a third of it: GETs and LISTs were off by 0.4 to 15 %."""
 LONG_MINUTES = 10.0
 FEW = 25
 """Of what is counted in hundreds, a session with the source more or less is more than that: its start costs a dozen."""
