@@ -14,13 +14,10 @@ from benchmarks.cost import MeteredStore, Stretch, archive_stretch
 
 AGENT = "timeline/archive"
 MOST_OFF = 0.1
-"""What the model may be off by in a soak of LONG_MINUTES or more, relative to what was counted."""
-MOST_OFF_SHORT = 0.25
-"""In a shorter one. In the model sealing takes no time; there, on a machine that does much else, it takes seconds, chunks
-are read by the next look meanwhile, and a stall is a third of it: GETs and LISTs were off by 0.4 to 15 %."""
+"""What the model may be off by, relative to what was counted."""
 LONG_MINUTES = 10.0
-FEW = 25
-"""Of what is counted in hundreds, a session with the source more or less is more than that: its start costs a dozen."""
+"""Judged so in a soak this long. In three minutes on a busy machine a session's start, a stall, or seconds of sealing that
+the model does not have are more than that; what holds there, ``tests/integration/test_soak.py`` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +32,6 @@ class Compared:
     def off_by(self) -> float:
         """Relative to what was counted."""
         return abs(self.modelled - self.counted) / max(1, self.counted)
-
-    def agrees(self, minutes: float) -> bool:
-        """Whether the model is good enough for a soak that long."""
-        most = MOST_OFF if minutes >= LONG_MINUTES else MOST_OFF_SHORT
-        return self.off_by <= most or abs(self.modelled - self.counted) <= FEW
 
 
 def compare(

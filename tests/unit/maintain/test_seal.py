@@ -167,17 +167,23 @@ def test_a_gap_parts_two_seals() -> None:
     asyncio.run(work())
 
 
+async def failed_over() -> tuple[Archive, Lsn]:
+    """Chunks of tli 1, some of them beyond where tli 2 left it; and that place."""
+    archive = Archive()
+    old = await some_chunks(archive, 3)
+    fork = Lsn(old.records[2].end)
+    new = old.cut_back(fork).promote(2)
+    await archive.switch(old, fork, new)
+    new.commit(NOON + 60 * SECOND, 900)
+    await archive.archive(new)
+    return archive, fork
+
+
 def test_a_tli_the_source_left_is_sealed_at_once_with_its_orphan_tail() -> None:
     """EDGE 18."""
 
     async def work() -> None:
-        archive = Archive()
-        old = await some_chunks(archive, 3)
-        fork = Lsn(old.records[2].end)
-        new = old.cut_back(fork).promote(2)
-        await archive.switch(old, fork, new)
-        new.commit(NOON + 60 * SECOND, 900)
-        await archive.archive(new)
+        archive, fork = await failed_over()
         sealed = await seal(archive.store, archive.log, archive.clock)
         assert sealed is not None and (sealed.tli, sealed.end) == (1, archive.durable[1])
         assert sealed.end > fork
@@ -192,13 +198,7 @@ def test_a_tli_that_was_left_is_asked_for_until_nothing_waits_there() -> None:
     """A source that failed over ten times would cost ten listings a look for ever."""
 
     async def work() -> None:
-        archive = Archive()
-        old = await some_chunks(archive, 3)
-        fork = Lsn(old.records[2].end)
-        new = old.cut_back(fork).promote(2)
-        await archive.switch(old, fork, new)
-        new.commit(NOON + 60 * SECOND, 900)
-        await archive.archive(new)
+        archive, _ = await failed_over()
         listed: list[str] = []
 
         async def note(call: Call) -> None:
