@@ -41,7 +41,8 @@ BATCH_RANGES = 1500
 """Asked of the mount at once: the more, the fewer requests it makes of the store."""
 READERS = 4
 OPEN_FILES = 64
-REAP_SECONDS = 5.0
+REAP_SECONDS = 0.5
+"""Whoever makes a branch waits no longer: one that was killed ends by itself when what it asked of the mount is answered."""
 _WAIT_SECONDS = 60.0
 _POLL_SECONDS = 0.01
 _STATUS_DIRECTORIES = ("pg_xact", "pg_multixact/offsets", "pg_multixact/members", "pg_commit_ts")
