@@ -12,6 +12,7 @@ import click
 from cli.branch_scripts import chosen_scripts, script_options
 from cli.config import Settings, source_option, store_options
 from cli.duration import Duration
+from cli.importing import nothing_collected
 from cli.init import confirm
 from cli.output import duration_text, emit_json, iso, local_time, plain, say, table, warn
 from timeline.errors import UsageError
@@ -33,8 +34,15 @@ def host_branches(*, mounting: str | None = None) -> HostBranches:
     from restore.agent_fork import fork_agent, prepare_libraries
 
     prepare_libraries()
-    from restore.branch import HostBranches
-    from timeline.clock import SystemClock
+    with nothing_collected():
+        from restore.branch import HostBranches
+        from timeline.clock import SystemClock
+
+        if mounting is not None:
+            from restore import agent_server
+
+            # The command needs it as well.
+            agent_server.import_for(mounting)
 
     if mounting is not None:
         fork_agent(os.environ, mounting)

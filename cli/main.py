@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from cli.importing import nothing_collected
 from timeline.errors import TimelineError
 from timeline.store.user_agent import name_command
 
@@ -56,7 +57,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(_COMMANDS[cmd_name][0])
+        with nothing_collected():
+            module = importlib.import_module(_COMMANDS[cmd_name][0])
         command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 

@@ -1,7 +1,7 @@
 """The mount agent's own process: forks mounts, reaps them, runs expiries, ends when nothing is left.
 
 It must stay fork-safe: no event loop, no threads, no open connections to a store; one selector loop. Imports
-that every mount needs are done before the first fork and frozen out of the garbage collector, so that a mount
+that every mount needs are done before the first mount is forked and frozen out of the garbage collector, so that a mount
 shares their memory. What S3 needs is imported when the first S3 store is asked for.
 
 ``kill -9`` of the agent leaves its mounts running; they end when unmounted. The next agent does not know
@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import setproctitle
 
-from restore import agent, mount_process, mount_table
+from restore import agent, mount_table
 from restore.mount_spec import decode_spec
 from timeline.clock import Clock, Micros, SystemClock
 from timeline.errors import TimelineError
@@ -119,6 +119,8 @@ class AgentServer:
 
     def run(self) -> None:
         """Serve until idle for LINGER_SECONDS, or until SIGTERM, which ends the mounts too."""
+        # Whatever was imported until now took its time: callers may wait already.
+        self._idle_since = self._clock.monotonic()
         while not self._may_end():
             for key, _ in self._selector.select(self._pause()):
                 key.data()
@@ -268,6 +270,8 @@ class AgentServer:
                 os.close(mount.reader)
         _take_environment(environment)
         setproctitle.setproctitle(f"tl mount {Path(spec_path).parent}")
+        from restore import mount_process
+
         mount_process.run(spec_path, writer)
 
     def _hear(self, mount: _Mount) -> None:
@@ -462,10 +466,13 @@ def serve(state: Path, ready: int, clock: Clock) -> None:
     setproctitle.setproctitle("tl agent")
     server = AgentServer(state, clock)
     server.listen()
-    gc.collect()
-    gc.freeze()
+    # Whoever waits for us asks the store meanwhile; what it asks of us waits until we have imported what mounts need.
     os.write(ready, b"r")
     os.close(ready)
+    import restore.mount_process  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
     server.run()
 
 

@@ -140,6 +140,7 @@ class BranchMaker:
         if self._near and plan.replayed_bytes > NEAR_PREFETCH_BYTES:
             self._begin_prefetcher()
         wal = self._host.make_private(self._directory / "wal")
+        self._tell_prefetcher(plan)
         write_histories(plan, wal, self._host)
         instance = Instance(self._host, binaries, self.data, self._directory / "postgres.log")
         control: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -198,6 +199,15 @@ class BranchMaker:
         # A help and nothing more.
         with contextlib.suppress(OSError):
             self._prefetcher = Prefetcher.begin(self._directory)
+
+    def _tell_prefetcher(self, plan: BranchPlan) -> None:
+        """It begins as soon as the mount stands and the first segment is there."""
+        if self._prefetcher is None:
+            return
+        if plan.replayed_bytes > 0:
+            self._prefetcher.work(plan, self._directory, self.data, near=self._near)
+        else:
+            self._prefetcher.stop()
 
     async def _when(self, history: History) -> When:
         when = self.request.when
@@ -297,8 +307,6 @@ class BranchMaker:
         """The first start: recovery to T and promotion."""
         starting = launch(instance, options=recovery.options, promotes=recovery.promotes)
         self._note(starting.postmaster)
-        if self._prefetcher is not None and plan.replayed_bytes > 0:
-            self._prefetcher.work(plan, self._directory, self.data, near=self._near)
         syncing = asyncio.ensure_future(to_the_end(self._sync))
         try:
             postmaster = await starting.wait(self._clock, ready_seconds=ready_seconds(plan.replayed_bytes))

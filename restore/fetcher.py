@@ -45,6 +45,8 @@ MAX_STORING_BYTES = 16 << 20
 STORE_LATER_SECONDS = 1.0
 STORE_PAUSE_SECONDS = 0.002
 """What a replay used is put into the disk cache once it was fed no more for a while, and so slowly."""
+FLUSH_SECONDS = 1.0
+"""Whoever closes a mount waits no longer for what is to be put there still."""
 REQUEST_SECONDS = 30.0
 """A request without an answer for this long counts as failed."""
 
@@ -92,7 +94,9 @@ class Fetcher:
         counters: Counters,
         *,
         patience_seconds: float = 90.0,
+        quiet_seconds: float = 0.0,
     ) -> None:
+        """``quiet_seconds``: for so long extents are not written to the disk cache, but kept to be written afterwards."""
         self._store = store
         self._near = store if isinstance(store, NearStore) else None
         self._cache = cache
@@ -100,6 +104,7 @@ class Fetcher:
         self._pool = pool
         self.counters = counters
         self._patience_seconds = patience_seconds
+        self._quiet_until = clock.monotonic() + quiet_seconds
         self._memory: OrderedDict[bytes, bytes] = OrderedDict()
         self._memory_bytes = 0
         self._ahead: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()
@@ -112,10 +117,17 @@ class Fetcher:
         self._requests = asyncio.Semaphore(MAX_REQUESTS)
         self._background = asyncio.Semaphore(MAX_BACKGROUND)
         self._pace = Pace()
+        self._on_their_way: list[int] = []
+        """Lengths of the requests that were made and not answered yet; not many."""
         self._frames = FramesAhead(self._get_in_background, self._pace, clock)
         self._storing_later: asyncio.Task[None] | None = None
         self._storing_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the store is on this host, where requests cost next to nothing."""
+        return self._near is not None
 
     def peek(self, ref: ExtentRef, start: int, stop: int) -> bytes | None:
         """Bytes [start, stop) of the extent, fewer at its end, if they can be had without waiting."""
@@ -210,7 +222,7 @@ class Fetcher:
     async def fetch_all(self, refs: Sequence[ExtentRef], *, max_gap_bytes: int, max_run_bytes: int) -> None:
         """Bring all of them into memory and cache in few large requests; raises what a request raised."""
         unique = {ref.digest: ref for ref in refs}
-        missing = [r for d, r in unique.items() if d not in self._flights and not self._cache.has(d)]
+        missing = [ref for digest, ref in unique.items() if not self._is_here(digest)]
         flights = [self._register(ref, background=True) for ref in missing]
         runs = _runs(flights, max_gap_bytes=max_gap_bytes, max_run_bytes=max_run_bytes)
         errors: list[BaseException | None] = []
@@ -269,13 +281,27 @@ class Fetcher:
         self._frames.clear()
 
     async def aclose(self) -> None:
-        """Wait for what is under way; what was to be kept later is not."""
+        """Wait for what is under way, and write what was to be kept later, as far as FLUSH_SECONDS allow: the next branch
+        will want it."""
         if self._storing_later is not None:
             self._storing_later.cancel()
         await self._frames.aclose()
         while self._queue or self._tasks:
             self._dispatch()
             await asyncio.wait(set(self._tasks))
+        left = list(iter(self._pop_later, None))
+        deadline = self._clock.monotonic() + FLUSH_SECONDS
+
+        def flush() -> None:
+            for later in left:
+                if self._clock.monotonic() >= deadline:
+                    return
+                digest, raw = later()
+                if raw is not None:
+                    self._cache.store(digest, raw)
+
+        if left:
+            await self.in_thread(flush)
 
     def _is_here(self, digest: bytes) -> bool:
         """Whether the extent is here or on its way."""
@@ -295,23 +321,45 @@ class Fetcher:
         self._store_later()
         return raw
 
+    @property
+    def _quiet(self) -> bool:
+        return self._clock.monotonic() < self._quiet_until
+
     def _store_later(self) -> None:
-        """Have what came out of frames kept on disk once the replay that wants them is over: a file for each extent would
-        cost it more than the extent itself."""
+        """Have what a start and its replay used kept on disk once they are over: a file for each extent would cost them more
+        than the extent itself."""
         if not self._cache.usable or (self._storing_later is not None and not self._storing_later.done()):
             return
 
         async def store() -> None:
-            while self._frames.busy:
+            while self._quiet or self._frames.busy:
                 await self._clock.sleep(STORE_LATER_SECONDS)
-            while (taken := self._frames.pop_taken()) is not None:
-                ref, frame = taken
-                raw = await self.in_thread(lambda: _decode(memoryview(frame), ref.offset, ref, ""))  # noqa: B023
-                if isinstance(raw, bytes):
-                    self._keep_on_disk(ref.digest, raw)
+            while (later := self._pop_later()) is not None:
+                digest, raw = await self.in_thread(later)
+                if raw is not None:
+                    self._keep_on_disk(digest, raw)
                 await self._clock.sleep(STORE_PAUSE_SECONDS)
 
         self._storing_later = asyncio.get_running_loop().create_task(store())
+
+    def _kept_for_later(self, ref: ExtentRef, frame: memoryview) -> bool:
+        if not (self._quiet and self._cache.usable and self._frames.keep(ref, bytes(frame))):
+            return False
+        self._store_later()
+        return True
+
+    def _pop_later(self) -> Callable[[], tuple[bytes, bytes | None]] | None:
+        """Gives, in whatever thread, digest and bytes of something to be kept on disk; no bytes when they are damaged."""
+        taken = self._frames.pop_taken()
+        if taken is None:
+            return None
+        ref, frame = taken
+
+        def decode() -> tuple[bytes, bytes | None]:
+            raw = _decode(memoryview(frame), ref.offset, ref, "")
+            return ref.digest, raw if isinstance(raw, bytes) else None
+
+        return decode
 
     async def _wait(self, error: Unavailable, pause: float, deadline: float) -> float:
         """Sleep before another try; the next pause. Raises the error when the deadline would pass."""
@@ -397,7 +445,8 @@ class Fetcher:
         for flight, outcome in zip(run, outcomes, strict=True):
             if isinstance(outcome, bytes):
                 self.counters.extents += 1
-                self._keep_on_disk(flight.ref.digest, outcome)
+                if not self._kept_for_later(flight.ref, frame_of(data, start, flight.ref)):
+                    self._keep_on_disk(flight.ref.digest, outcome)
             self._land(flight, outcome)
 
     async def _get_in_background(self, key: str, start: int, length: int) -> bytes:
@@ -406,6 +455,8 @@ class Fetcher:
 
     async def _get(self, key: str, start: int, length: int) -> bytes:
         began = self._clock.monotonic()
+        self._on_their_way.append(length)
+        together = self._together(length)
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
                 data = await self._store.get(key, start, length)
@@ -415,10 +466,17 @@ class Fetcher:
         except TimelineError:
             self.counters.failures += 1
             raise
-        self._pace.note(length, self._clock.monotonic() - began)
+        finally:
+            together = min(together, self._together(length))
+            self._on_their_way.remove(length)
+        self._pace.note(length, self._clock.monotonic() - began, together)
         self.counters.requests += 1
         self.counters.fetched_bytes += len(data)
         return data
+
+    def _together(self, length: int) -> int:
+        """What all requests on their way bring while one of that length is answered, if they share the line."""
+        return sum(min(length, each) for each in self._on_their_way)
 
     def _land(self, flight: _Flight, outcome: bytes | TimelineError) -> None:
         digest = flight.ref.digest

@@ -23,7 +23,7 @@ from timeline.clock import Clock
 from timeline.errors import TimelineError
 from timeline.format.extent import ExtentRef
 
-FRAMES_BYTES = 48 << 20
+FRAMES_BYTES = 64 << 20
 WORKERS = 24
 RUN_BYTES = 1 << 20
 LONGEST_GAP_BYTES = 256 << 10
@@ -47,24 +47,24 @@ class Pace:
     def __init__(self) -> None:
         self._wait: float | None = None
         self._best: tuple[int, float] | None = None
-        """Length and seconds of the large request that was fastest: others are slower because many run at once."""
+        """Bytes and seconds of the large request that was fastest: others are slower because the processor was busy."""
 
-    def note(self, length: int, seconds: float) -> None:
-        """A request of that length took so long."""
+    def note(self, length: int, seconds: float, together: int) -> None:
+        """A request of that length took so long; ``together``: the bytes of all that were on their way meanwhile."""
         if length <= _SMALL_BYTES:
             self._wait = seconds if self._wait is None else min(self._wait, seconds)
         elif length >= _LARGE_BYTES and (
-            self._best is None or length / seconds > self._best[0] / self._best[1]
+            self._best is None or together / seconds > self._best[0] / self._best[1]
         ):
-            self._best = length, seconds
+            self._best = together, seconds
 
     @property
     def gap_bytes(self) -> int:
         """What is read over rather than making another request."""
         if self._best is None or self._wait is None:
             return MAX_GAP_BYTES
-        length, seconds = self._best
-        worth = int(length / max(seconds - self._wait, seconds / 10) * REQUEST_COST_SECONDS)
+        together, seconds = self._best
+        worth = int(together / max(seconds - self._wait, seconds / 10) * REQUEST_COST_SECONDS)
         return min(max(worth, MAX_GAP_BYTES), LONGEST_GAP_BYTES)
 
 
@@ -148,6 +148,19 @@ class FramesAhead:
             self._bytes -= len(frame)
         return frame
 
+    def keep(self, ref: ExtentRef, frame: bytes) -> bool:
+        """Have the frame of an extent that came otherwise for ``pop_taken``; whether there was room."""
+        if ref.digest in self._taken:
+            return True
+        if ref.digest in self._frames:
+            self.take(ref, keep=True)
+            return True
+        if self._bytes + len(frame) > FRAMES_BYTES:
+            return False
+        self._taken[ref.digest] = (ref, frame)
+        self._bytes += len(frame)
+        return True
+
     def pop_taken(self) -> tuple[ExtentRef, bytes] | None:
         """One of the frames that were asked for, to be kept somewhere else."""
         if not self._taken:
@@ -217,7 +230,10 @@ class FramesAhead:
     async def _make_room(self, size: int, run: _Run) -> bool:
         deadline = self._clock.monotonic() + KEPT_SECONDS
         while self._bytes + size > FRAMES_BYTES:
-            if self.pop_taken() is not None:
+            if self._taken:
+                # The last ones: the first were what Postgres starts with, which every branch wants.
+                _, (_, frame) = self._taken.popitem()
+                self._bytes -= len(frame)
                 continue
             now = self._clock.monotonic()
             if run.awaited and self._frames:

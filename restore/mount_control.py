@@ -46,6 +46,11 @@ def prefetch(mountpoint: str | os.PathLike[str], wanted: Iterable[BlockRange]) -
         os.setxattr(asked, PREFETCH_ATTRIBUTE, b"".join(lines))
 
 
+def stands(mountpoint: str | os.PathLike[str]) -> bool:
+    """Whether there is a mount that can be asked."""
+    return os.path.exists(os.path.join(mountpoint, _ASKED_FILE))
+
+
 def refresh_stats(mountpoint: str | os.PathLike[str]) -> None:
     """Have the mount write its stats file now; it is written when this returns. Raises OSError without a
     mount."""

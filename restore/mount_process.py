@@ -6,7 +6,7 @@ mount point left over by a mount that was killed is detached first; that no two 
 the overlay's lock.
 
 Start: listing and overlay are opened, the kernel mounts, ready is told; footers of the page manifests and the
-boot set come meanwhile.
+boot set come meanwhile, and reach the disk cache when the branch has started.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ DETACHED_SECONDS = 3.0
 """How long a detached mount goes on serving whoever still has files open."""
 PIN_DELAY_SECONDS = 3.0
 """A branch starts before it is pinned: collection is hours away, and its user waits."""
+QUIET_SECONDS = 5.0
+"""A young mount leaves the disk cache for later: Postgres wants the processor for its start."""
 LOOK_UP_SECONDS = 5.0
 """Whoever asks for what will be wanted waits no longer than this."""
 _IDLE_WORKERS = 8
@@ -82,9 +84,18 @@ async def serve(spec: MountSpec, clock: Clock, ready: Ready) -> None:
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="mount")
         stack.callback(pool.shutdown)
         cache = DiskCache.of(store, spec.cache, spec.cache_bytes, clock)
-        fetcher = Fetcher(store, cache, clock, pool, counters, patience_seconds=spec.patience_seconds)
+        fetcher = Fetcher(
+            store,
+            cache,
+            clock,
+            pool,
+            counters,
+            patience_seconds=spec.patience_seconds,
+            quiet_seconds=QUIET_SECONDS,
+        )
         stack.push_async_callback(fetcher.aclose)
         source = ExtentSource(spec.snapshot, fetcher, reload=lambda: _reload_snapshot(store, spec))
+        boot = await stack.enter_async_context(_background(_fetch_boot_set(source)))
         listing = await source.listing()
         tree = Tree(listing, source.content, overlay, snapshot_mtime_ns=spec.snapshot.time * 1000)
         operations = MountOperations(
@@ -96,7 +107,6 @@ async def serve(spec: MountSpec, clock: Clock, ready: Ready) -> None:
             begun=lambda: _tune(spec.mountpoint),
             fetch_ahead=lambda wanted: _fetch_ahead(source, listing, wanted),
         )
-        boot = await stack.enter_async_context(_background(_fetch_boot_set(source)))
         mount_table.detach_stale(spec.mountpoint)
         _mount(operations, spec.mountpoint)
         stats = _Stats(spec, counters, operations, boot)

@@ -119,6 +119,13 @@ class PageIndex:
                 return answer
             # Kept from eviction by being asked for again at once; a row group is larger than none of the
             # bounds.
+            if self._fetcher.is_near:
+                await self._load(footers, answer.manifest, answer.row_group)
+                continue
+            # Of every manifest at once, though a newer one may turn out to tell all: one wait for the store instead of
+            # several. Those that are not needed may fail.
+            for place in self._places(footers, GroupWanted(path, group, blocks, born, 0, blocks)):
+                self._begin_load(footers, place.manifest, place.row_group)
             await self._load(footers, answer.manifest, answer.row_group)
 
     def _resolve(
@@ -173,18 +180,33 @@ class PageIndex:
                 yield _Missing(number, row_group)
 
     async def _load(self, footers: tuple[Footer, ...], manifest: int, row_group: int) -> None:
+        rows = await asyncio.shield(self._begin_load(footers, manifest, row_group))
+        # Evicted already, perhaps, by others that came meanwhile.
+        self._keep((manifest, row_group), rows)
+
+    def _begin_load(
+        self, footers: tuple[Footer, ...], manifest: int, row_group: int
+    ) -> asyncio.Task[PageRowGroup]:
         place = (manifest, row_group)
         task = self._loading.get(place)
         if task is None:
             task = asyncio.get_running_loop().create_task(self._read_rows(footers[manifest], row_group))
             self._loading[place] = task
-            task.add_done_callback(lambda _: self._loading.pop(place, None))
-        rows = await asyncio.shield(task)
+            task.add_done_callback(lambda done: self._loaded(place, done))
+        return task
+
+    def _loaded(self, place: tuple[int, int], done: asyncio.Task[PageRowGroup]) -> None:
+        self._loading.pop(place, None)
+        # A failure is told to whoever waits; perhaps nobody does.
+        if not done.cancelled() and done.exception() is None:
+            self._keep(place, done.result())
+
+    def _keep(self, place: tuple[int, int], rows: PageRowGroup) -> None:
         if place not in self._rows:
             self._rows[place] = rows
             self._rows_bytes += rows.nbytes
         self._rows.move_to_end(place)
-        while self._rows_bytes > ROWS_BYTES and len(self._rows) > len(footers):
+        while self._rows_bytes > ROWS_BYTES and len(self._rows) > len(self._manifests):
             _, oldest = self._rows.popitem(last=False)
             self._rows_bytes -= oldest.nbytes
 

@@ -5,26 +5,27 @@ has the mount fetch them from a store that is far away, many to a request, and r
 store's latency is paid in parallel, and Postgres, which asks for 8 KiB at a time, is answered by the kernel rather than
 by the mount. It is a help and nothing more: it may fail, or be late, and is stopped when the server is ready.
 
-numba is imported by the child alone, which is begun while the branch is still being planned out, and told its task when
-the mount stands. Bounds: one segment and ``WINDOW_BYTES`` of WAL in memory, ``READERS`` reads at once, ``OPEN_FILES`` files
-open at a time, about; two batches of ``BATCH_RANGES`` asked of the mount.
+The child is begun while the branch is still being planned out, imports what it needs, and is told its task once there is a
+plan: it waits for the mount and for the first segment. Bounds: one segment and ``WINDOW_BYTES`` of WAL in memory, ``READERS``
+reads at once, ``OPEN_FILES`` files open at a time, about; ``ASKED_RANGES`` asked of the mount.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
 import sys
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from restore.mount_control import BlockRange, prefetch
+from restore.mount_control import BlockRange, prefetch, stands
 from restore.plan import BranchPlan, SegmentFile
 from timeline.clock import Clock, SystemClock
 from timeline.errors import TimelineError
@@ -35,10 +36,14 @@ from timeline.lsn import Lsn
 if TYPE_CHECKING:
     from restore.replay_reads import ReplayReads
 
+T = TypeVar("T")
+
 WINDOW_BYTES = 16 << 20
 """WAL looked at together, at most."""
-BATCH_RANGES = 1500
+BATCH_RANGES = 2000
 """Asked of the mount at once: the more, the fewer requests it makes of the store."""
+ASKED_RANGES = 10_000
+"""Asked of the mount and not read yet, at most."""
 READERS = 4
 OPEN_FILES = 64
 REAP_SECONDS = 0.5
@@ -86,7 +91,7 @@ class Prefetcher:
         return cls(process)
 
     def work(self, plan: BranchPlan, directory: Path, data: Path, *, near: bool) -> None:
-        """Have it prefetch: the mount stands, and segments appear."""
+        """Have it prefetch, as soon as the mount stands and segments appear."""
         task = PrefetchTask(
             data=str(data),
             places=(str(directory / "feed"), str(directory / "wal")),
@@ -117,12 +122,10 @@ class Prefetcher:
 
 def main() -> None:
     """The child."""
-    from restore import replay_reads
-
     with ThreadPoolExecutor(1) as reader:
         # Whoever writes must not wait for what is imported here.
         telling = reader.submit(sys.stdin.read)
-        replay_reads.prepare()
+        importlib.import_module("restore.replay_reads")
         told = telling.result()
     if not told:
         return
@@ -138,19 +141,32 @@ def run(task: PrefetchTask, clock: Clock) -> None:
 
     data = Path(task.data)
     reads = ReplayReads(task.segment_bytes, task.relation_segment_bytes, task.tablespace_directory)
-    with Warmer(data) as warmer:
-        before: list[BlockRange] = []
+    with Warmer(data) as warmer, ThreadPoolExecutor(1) as asking, ThreadPoolExecutor(1) as reading:
+        # Neither looking through the WAL nor asking waits for what comes after it: what the mount knows of comes in fewer
+        # requests, and what it was not asked for yet must not be read.
+        under_way: deque[tuple[int, Future[None]]] = deque()
         for wanted in batches(task, reads, clock):
-            if not task.near:
-                prefetch(data, wanted)
-            # The mount fetches one batch while the one before is read.
-            warmer.read(before)
-            before = wanted
-        warmer.read(before)
+            while under_way and sum(count for count, _ in under_way) + len(wanted) > ASKED_RANGES:
+                under_way.popleft()[1].result()
+            asked = asking.submit(_ask, task, wanted)
+            under_way.append((len(wanted), reading.submit(_read_when_asked, warmer, asked, wanted)))
+        for _, read in under_way:
+            read.result()
+
+
+def _ask(task: PrefetchTask, wanted: Sequence[BlockRange]) -> None:
+    if not task.near:
+        prefetch(task.data, wanted)
+
+
+def _read_when_asked(warmer: Warmer, asked: Future[None], wanted: Sequence[BlockRange]) -> None:
+    asked.result()
+    warmer.read(wanted)
 
 
 def batches(task: PrefetchTask, reads: ReplayReads, clock: Clock) -> Iterator[list[BlockRange]]:
     """What replay reads, about in its order: BATCH_RANGES at a time, or as much as the WAL tells of that is there."""
+    _wait_for(lambda: stands(task.data) or None, "the mount", clock)
     batch = list(status_files(Path(task.data)))
     for start, wal, more in windows(task, clock):
         batch += reads.of(wal, start)
@@ -240,13 +256,21 @@ def _is_there(task: PrefetchTask, segment: SegmentFile) -> bool:
 
 def _read(task: PrefetchTask, segment: SegmentFile, clock: Clock) -> bytes:
     """The segment's file, once it has appeared; it may move from the feed to pg_wal meanwhile."""
-    deadline = clock.monotonic() + _WAIT_SECONDS
-    while True:
+
+    def found() -> bytes | None:
         for place in task.places:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 return (Path(place) / segment.name).read_bytes()
-            except FileNotFoundError:
-                continue
+        return None
+
+    return _wait_for(found, segment.name, clock)
+
+
+def _wait_for(look: Callable[[], T | None], what: str, clock: Clock) -> T:
+    """What ``look`` finds, once it finds something; raises TimelineError after _WAIT_SECONDS."""
+    deadline = clock.monotonic() + _WAIT_SECONDS
+    while (found := look()) is None:
         if clock.monotonic() >= deadline:
-            raise TimelineError(f"{segment.name} did not appear")
+            raise TimelineError(f"{what} did not appear")
         clock.pause(_POLL_SECONDS)
+    return found

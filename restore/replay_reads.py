@@ -14,6 +14,7 @@ import numpy.typing as npt
 from restore.mount_control import BlockRange
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS
 from timeline.lsn import Lsn
+from timeline.pg.wal_blocks import first_touches
 
 WHOLE_GROUP_BLOCKS = 4
 """So many blocks of a group, and the rest of it is read as well: soon it will be wanted, too."""
@@ -26,11 +27,6 @@ _SLOTS_PER_FSM_PAGE = 4_069
 Blocks = npt.NDArray[np.int64]
 Relation = tuple[int, int, int, int]
 """Tablespace, database, relfilenode, fork."""
-
-
-def prepare() -> None:
-    """Have loaded what looking at WAL takes, numba among it."""
-    ReplayReads(16 << 20, 1 << 30, "").of(bytes(BLOCK_BYTES), Lsn(0))
 
 
 class ReplayReads:
@@ -46,8 +42,6 @@ class ReplayReads:
     def of(self, wal: bytes, start: Lsn) -> list[BlockRange]:
         """What replay of this WAL reads that was not touched before, about in the order in which it does; at most one
         range for each group of 16 blocks. ``start``: a record boundary or a page start. Raises WalFormatError."""
-        from timeline.pg.wal_blocks import first_touches
-
         touches = first_touches(wal, start, self._segment_bytes)
         found: list[tuple[int, BlockRange]] = []
         for relation, rows, places in _by_relation(touches):

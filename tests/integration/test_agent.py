@@ -353,7 +353,7 @@ def test_a_hundred_thousand_files(place: Place, state: Path) -> None:
 
 def test_imports_of_a_mount() -> None:
     """Whatever is imported is paid by the first branch: nothing that a mount does not need."""
-    program = "import sys, restore.agent_server; print(*sorted(sys.modules))"
+    program = "import sys, restore.agent_server, restore.mount_process; print(*sorted(sys.modules))"
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     found = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=env

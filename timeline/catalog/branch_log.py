@@ -24,7 +24,7 @@ from timeline.clock import Clock
 from timeline.errors import DamagedStore, Fenced, LogConflict, MissingObject, NotFound, Unavailable
 from timeline.format import keys
 from timeline.format.branch_state import BranchState
-from timeline.format.log import STATE_EVERY, LogEntry, decode_entry, encode_entry
+from timeline.format.log import STATE_EVERY, STATE_OFTEN, LogEntry, decode_entry, encode_entry
 from timeline.format.log_change import Change, ClaimEpoch
 from timeline.store.base import Store
 
@@ -35,7 +35,6 @@ _WAIT_SECONDS = 0.02
 _LONGEST_WAIT_SECONDS = 2.0
 _GETS = 32
 """Entries fetched at once."""
-_NEAREST = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +48,9 @@ class LogHead:
 async def read_head(store: Store, branch: str, *, known: LogHead | None = None) -> LogHead | None:
     """The head of a branch's log; ``None`` for a branch that was never begun. ``known``: a head of before.
 
-    Costs one LIST and one GET while states are small, else up to 100 GETs; with a known head one for each entry
-    since, as long as it is of the same hundred. Raises DamagedStore, MissingObject.
+    Costs one LIST and one GET while states are shorter than 64 KiB, up to 10 while they are shorter than 1 MiB, else
+    up to 100; with a known head one for each entry since, as long as it is of the same hundred. Raises DamagedStore,
+    MissingObject.
     """
     try:
         return await _read_head_once(store, branch, known)
@@ -213,54 +213,63 @@ async def _newest_number(store: Store, branch: str) -> int | None:
 
 async def _head_at(store: Store, branch: str, newest: int, known: LogHead | None = None) -> LogHead:
     """The head at that number. Entries are read back to the nearest with a state; to a known head, where that is
-    nearer and of the same hundred: then whoever knows nothing would read the very same entries."""
-    checkpoint = newest - newest % STATE_EVERY
-    if known is not None and not checkpoint <= known.number <= newest:
+    nearer and of the same hundred: then whoever knows nothing would read the very same entries.
+
+    In three goes at most: the newest, which holds the state while states are short; back to the nearest tenth, which
+    holds it while they are not very long; the rest. Raises NotFound when one of those that are needed is missing.
+    """
+    first = newest - newest % STATE_EVERY
+    if known is not None and not first <= known.number <= newest:
         known = None
-    if known is not None and known.number == newest:
-        return known
-    below = known.number + 1 if known is not None else checkpoint
-    (entry,) = await _read_entries(store, branch, range(newest, newest + 1))
-    since: list[LogEntry] = []
-    earlier: list[LogEntry] = []
-    while entry.state is None:
-        since.append(entry)
-        if known is not None and entry.number == below:
-            return LogHead(newest, _replay(known.state, since[::-1]))
-        if entry.number == checkpoint:
-            raise DamagedStore(keys.log_entry(branch, entry.number), 0, "expected a state in this entry")
-        if not earlier:
-            earlier = await _read_earlier(store, branch, range(below, entry.number))
-        entry = earlier.pop()
-    return LogHead(newest, _replay(entry.state, since[::-1]))
+    if known is not None:
+        if known.number == newest:
+            return known
+        first = known.number + 1
+    near = max(first, newest - 1 - (newest - 1) % STATE_OFTEN)
+    since: list[Change] = []
+    for numbers in (range(newest, newest + 1), range(near, newest), range(first, near)):
+        for entry in reversed(await _read_those_there(store, branch, numbers)):
+            if isinstance(entry, NotFound):
+                raise entry
+            if entry.state is not None:
+                return LogHead(newest, _replay(entry.state, since[::-1], branch, newest))
+            since.append(entry.change)
+    if known is None:
+        raise DamagedStore(keys.log_entry(branch, first), 0, "expected a state in this entry")
+    return LogHead(newest, _replay(known.state, since[::-1], branch, newest))
 
 
-async def _read_earlier(store: Store, branch: str, numbers: range) -> list[LogEntry]:
-    """All of them at once: while states are small they are in every entry, and later in none between checkpoints. Where one is
-    missing, only the nearest: a copy of a store may yet be whole as far as that (EDGE 63)."""
-    try:
-        return await _read_entries(store, branch, numbers)
-    except NotFound:
-        if len(numbers) <= _NEAREST:
-            raise
-        return await _read_entries(store, branch, numbers[-_NEAREST:])
+async def _read_those_there(store: Store, branch: str, numbers: range) -> list[LogEntry | NotFound]:
+    """All of them at once. One that is missing need not be one that is needed: a copy of a store may be whole from
+    the nearest state on (EDGE 63)."""
 
-
-async def _read_entries(store: Store, branch: str, numbers: range) -> list[LogEntry]:
-    async def read(number: int) -> LogEntry:
-        key = keys.log_entry(branch, number)
-        return decode_entry(await store.get(key), key)
+    async def read(number: int) -> LogEntry | NotFound:
+        try:
+            return await _read_entry(store, branch, number)
+        except NotFound as error:
+            return error
 
     return await in_parallel(numbers, read, limit=_GETS)
 
 
-def _replay(state: BranchState, entries: list[LogEntry]) -> BranchState:
+async def _read_entries(store: Store, branch: str, numbers: range) -> list[LogEntry]:
+    async def read(number: int) -> LogEntry:
+        return await _read_entry(store, branch, number)
+
+    return await in_parallel(numbers, read, limit=_GETS)
+
+
+async def _read_entry(store: Store, branch: str, number: int) -> LogEntry:
+    key = keys.log_entry(branch, number)
+    return decode_entry(await store.get(key), key)
+
+
+def _replay(state: BranchState, changes: list[Change], branch: str, newest: int) -> BranchState:
     try:
-        return reduce(lambda before, entry: entry.change.apply(before), entries, state)
+        return reduce(lambda before, change: change.apply(before), changes, state)
     except LogConflict as error:
-        newest = entries[-1]
         raise DamagedStore(
-            keys.log_entry(newest.branch, newest.number), 0, f"expected changes that follow: {error}"
+            keys.log_entry(branch, newest), 0, f"expected changes that follow: {error}"
         ) from error
 
 

@@ -15,6 +15,7 @@ tail's LIST, and one GET per chunk in it, all of these at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -30,10 +31,18 @@ from timeline.catalog.resolve import Resolver
 from timeline.catalog.tail import Tail, find_tail
 from timeline.catalog.target import ReachableRange, Target
 from timeline.catalog.wal_reader import WalBytes, WalPiece, plan_pieces, read_pieces
-from timeline.catalog.when import Latest, When
+from timeline.catalog.when import AtLsn, AtTime, Latest, When
 from timeline.clock import Clock, Micros
-from timeline.errors import DamagedStore, MissingObject, NotFound, TargetUnreachable, Unavailable, UsageError
-from timeline.format.branch_state import BranchState
+from timeline.errors import (
+    DamagedStore,
+    MissingObject,
+    NotFound,
+    TargetUnreachable,
+    TimelineError,
+    Unavailable,
+    UsageError,
+)
+from timeline.format.branch_state import BranchState, SealedRange
 from timeline.format.meta import StoreMeta
 from timeline.ids import MAIN
 from timeline.lsn import Lsn
@@ -140,7 +149,11 @@ class History:
                     f"{told or 'nothing'}",
                     hint="name a moment, or complete the copy" if told else "complete the copy",
                 )
-            return await (await self._resolver(self.lineage(tli), stock=stock)).resolve(when)
+            line = self.lineage(tli)
+            resolver, _ = await asyncio.gather(
+                self._resolver(line, stock=stock), self._have_index_ready(line, when)
+            )
+            return await resolver.resolve(when)
 
         return await self._retrying(work)
 
@@ -210,6 +223,22 @@ class History:
         if self.state.coverage is not None:
             coverages.append(self.state.coverage)
         return Resolver(self.state, line, runs, coverages, self._reader, self._read_run, stock=stock)
+
+    async def _have_index_ready(self, line: Line, when: When) -> None:
+        """Read what a moment in sealed WAL will be looked up in, while the tails are listed."""
+        tlis = {span.tli for span in line}
+
+        def wanted(sealed: SealedRange) -> bool:
+            if isinstance(when, AtLsn):
+                return sealed.start < when.lsn <= sealed.end
+            latest = sealed.max_commit_time
+            return isinstance(when, AtTime) and latest is not None and latest > when.time
+
+        sealed = next((one for one in self.state.sealed if one.tli in tlis and wanted(one)), None)
+        if sealed is not None:
+            # A help: what fails is met again by whoever asks.
+            with contextlib.suppress(TimelineError):
+                await self._reader.have_ready(sealed, wanted)
 
     async def _reachable(self) -> tuple[ReachableRange, ...]:
         found: list[ReachableRange] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -103,6 +103,17 @@ class IndexReader:
             for part in found
             if part.start < piece.end and piece.start < part.end
         )
+
+    async def have_ready(self, sealed: SealedRange, wanted: Callable[[SealedRange], bool]) -> None:
+        """Read what the first part of a sealed range that is wanted says, so that whoever asks need not wait; raises
+        NotFound, DamagedStore."""
+        if not is_long(sealed):
+            await self._group(sealed, -1)
+            return
+        for group in (await self._footer(sealed)).groups:
+            if wanted(_part(sealed, group)):
+                await self._group(sealed, group.number)
+                return
 
     async def _footer(self, sealed: SealedRange) -> WalManifestFooter:
         from timeline.format.wal_manifest import WalManifestFooter

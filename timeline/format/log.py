@@ -2,9 +2,9 @@
 
 An entry is JSON: ``{"format": 1, "number": n, "branch": …, "writer": …, "nonce": …, "epoch": …, "at": micros,
 "change": {"kind": …, …}, "state": {…} | absent, "requires": [read features]}``. ``state`` is the complete
-state *after* the change (branch_state.py). A writer includes it whenever it is smaller than 64 KiB and in any case
-in every entry whose number is a multiple of 100; a reader goes back from the newest entry to the nearest with a
-state and applies the changes since (log_change.py).
+state *after* the change (branch_state.py). A writer includes it whenever it is smaller than 64 KiB, in every entry
+whose number is a multiple of 10 while it is smaller than 1 MiB, and in any case where that is a multiple of 100; a
+reader goes back from the newest entry to the nearest with a state and applies the changes since (log_change.py).
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ STATE_EVERY = 100
 """Every entry whose number is a multiple of this holds the state."""
 STATE_BYTES = 64 << 10
 """States smaller than this are in every entry."""
+STATE_OFTEN = 10
+"""States smaller than 16 times that are in every entry whose number is a multiple of this."""
 FORMAT = 1
 
 
@@ -79,9 +81,16 @@ def encode_entry(entry: LogEntry) -> bytes:
     }
     if entry.state is not None:
         state = value_json.to_json(entry.state)
-        if entry.number % STATE_EVERY == 0 or len(sealed_json.compact(state)) < STATE_BYTES:
+        if _is_told(entry.number, len(sealed_json.compact(state))):
             members["state"] = state
     return sealed_json.encode(members)
+
+
+def _is_told(number: int, state_bytes: int) -> bool:
+    """Whether an entry tells its state: the longer that is, the more rarely."""
+    if number % STATE_EVERY == 0:
+        return True
+    return state_bytes < (16 * STATE_BYTES if number % STATE_OFTEN == 0 else STATE_BYTES)
 
 
 def _required(entry: LogEntry) -> list[str]:

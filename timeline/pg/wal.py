@@ -250,7 +250,7 @@ class _RelationTable:
             if done < count:
                 self._table = np.concatenate((self._table, np.empty_like(self._table)))
                 self._slots = np.full(4 * len(self._table), -1, np.int32)
-                scan.fill_slots(self._table, self._used, self._slots, False)
+                scan.fill_slots(self._table, self._used, self._slots)
 
     def rows(self) -> TouchArray:
         table = self._table[: self._used]

@@ -165,13 +165,9 @@ def warm_up() -> None:
     machine = Machine(1 << 20, ANY_TLI, 0, None)
     machine.run(as_bytes_array(b""), 0)
     slots = np.full(4, -1, np.int32)
-    for kernel, columns in (
-        (wal_scan.tally, wal_scan.TOUCH_COLUMNS),
-        (wal_scan.keep_first, wal_scan.BLOCK_COLUMNS),
-    ):
-        table = np.empty((1, columns), np.int64)
-        kernel(machine.refs, 0, 0, table, slots, 0)
-        wal_scan.fill_slots(table, 0, slots, False)
+    table = np.empty((1, wal_scan.TOUCH_COLUMNS), np.int64)
+    wal_scan.tally(machine.refs, 0, 0, table, slots, 0)
+    wal_scan.fill_slots(table, 0, slots)
 
 
 def as_bytes_array(data: Buffer) -> npt.NDArray[np.uint8]:

@@ -83,15 +83,13 @@ SKIP, CAPTURE, TAIL, FINISH, SWITCH, ZERO, FOREIGN, X_NEXT = range(16, 24)
 
 DONE, FULL, FAILED = range(3)
 
-# Flags of a reference, beside the fork number in the low 4 bits.
+# Flag of a reference, beside the fork number in the low 4 bits.
 REF_IMAGE = 0x10  # replay restores a full-page image
-REF_INIT = 0x20  # replay initialises the page without reading it
 
 REF_COLUMNS = 6  # spc, db, rel, block, flags, start of the record
 COMMIT_COLUMNS = 5  # start, end, time of Postgres's epoch, xid, kind
 EVENT_COLUMNS = 5  # rmid << 8 | info, start, end, offset and length of the captured main data
 TOUCH_COLUMNS = 8  # spc, db, rel, references, images, highest main-fork block, first, last
-BLOCK_COLUMNS = 6  # spc, db, rel, fork, block, restored without reading
 CAPTURE_BYTES = 4096  # the longest main data of interest holds a tablespace path of at most 1024 bytes
 PAGE_HEADER_BYTES = 40
 FIELD_BYTES = 20
@@ -578,9 +576,7 @@ def scan(data, begin, st, header, header_words, field, record_refs, main, refs, 
                 record_refs[nrefs, 1] = st[DB]
                 record_refs[nrefs, 2] = st[REL]
                 record_refs[nrefs, 3] = _u32(src, p)
-                record_refs[nrefs, 4] = (
-                    (fork_flags & 0x0F) | st[IMAGE_FLAGS] | (REF_INIT if fork_flags & 0x40 != 0 else 0)
-                )
+                record_refs[nrefs, 4] = (fork_flags & 0x0F) | st[IMAGE_FLAGS]
                 record_refs[nrefs, 5] = st[RECORD]
                 nrefs += 1
             elif stage in (MAIN_SHORT, MAIN_LONG):
@@ -679,51 +675,11 @@ def tally(refs, begin, end, table, slots, used):
 
 
 @_kernel
-def keep_first(refs, begin, end, table, slots, used):
-    """Append the first reference to each block (BLOCK_COLUMNS); results and ``slots`` as for ``tally``."""
-    mask = slots.shape[0] - 1
-    for i in range(begin, end):
-        spc = refs[i, 0]
-        db = refs[i, 1]
-        rel = refs[i, 2]
-        block = refs[i, 3]
-        fork = refs[i, 4] & 0x0F
-        h = rel * 0x9E3779B1 + db * 0x85EBCA77 + spc * 0xC2B2AE3D + block * 0x27D4EB2F + fork * 0x165667B1
-        s = (h ^ (h >> 29)) & mask
-        while slots[s] >= 0:
-            t = slots[s]
-            if (
-                table[t, 4] == block
-                and table[t, 2] == rel
-                and table[t, 3] == fork
-                and table[t, 1] == db
-                and table[t, 0] == spc
-            ):
-                break
-            s = (s + 1) & mask
-        if slots[s] >= 0:
-            continue
-        if used == table.shape[0]:
-            return i, used
-        slots[s] = used
-        table[used, 0] = spc
-        table[used, 1] = db
-        table[used, 2] = rel
-        table[used, 3] = fork
-        table[used, 4] = block
-        table[used, 5] = 1 if refs[i, 4] & (REF_IMAGE | REF_INIT) != 0 else 0
-        used += 1
-    return end, used
-
-
-@_kernel
-def fill_slots(table, used, slots, with_block):
-    """Hash the rows of a grown table again, as ``tally`` (or, ``with_block``, ``keep_first``) does."""
+def fill_slots(table, used, slots):
+    """Hash the rows of a grown table again, as ``tally`` does."""
     mask = slots.shape[0] - 1
     for t in range(used):
         h = table[t, 2] * 0x9E3779B1 + table[t, 1] * 0x85EBCA77 + table[t, 0] * 0xC2B2AE3D
-        if with_block:
-            h += table[t, 4] * 0x27D4EB2F + table[t, 3] * 0x165667B1
         s = (h ^ (h >> 29)) & mask
         while slots[s] >= 0:
             s = (s + 1) & mask

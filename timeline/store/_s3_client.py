@@ -20,9 +20,10 @@ from timeline.errors import CheckFailed, NotFound, TimelineError, Unavailable, U
 from timeline.store.user_agent import user_agent
 
 _load_default_certs = ssl.SSLContext.load_default_certs
-# aiohttp reads the system's certificates when it is imported (40 ms and more), for clients that bring no TLS
+# aiohttp reads the system's certificates when it is imported, twice (70 ms and more), for clients that bring no TLS
 # context. botocore's always bring one; anybody else's would trust nobody.
 ssl.SSLContext.load_default_certs = lambda *_: None  # type: ignore[method-assign]
+ssl.SSLContext.set_default_verify_paths = lambda *_: None  # type: ignore[method-assign]
 try:
     import aiobotocore.session
     import aiohttp
@@ -31,6 +32,8 @@ try:
     from aiobotocore.config import AioConfig
 finally:
     ssl.SSLContext.load_default_certs = _load_default_certs  # type: ignore[method-assign]
+    # Inherited from the C class.
+    del ssl.SSLContext.set_default_verify_paths
 
 _UPLOAD_PIECE_BYTES = 256 << 10
 

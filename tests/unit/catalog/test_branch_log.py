@@ -114,6 +114,33 @@ def test_long_states_are_found_by_walking_back(entries: int) -> None:
     run(work())
 
 
+def test_states_that_are_not_very_long_are_in_every_tenth() -> None:
+    """So that a branch reads ten entries at most, and not a hundred."""
+
+    async def work() -> None:
+        store = MemoryStore()
+        log = await begun(store)
+        await log.append(gap(0, reason="x" * 70_000))
+        for number in range(1, 60):
+            await log.append(cover(number))
+        newest = 60
+        counted = FaultyStore(store)
+        head = await read_head(counted, "main")
+        assert head is not None and head.number == newest
+        gets = sum(call.verb == "get" for call in counted.calls)
+        assert gets == 1, "the newest is a tenth itself"
+        for more in range(1, 10):
+            await log.append(cover(newest + more))
+            counted.calls.clear()
+            head = await read_head(counted, "main")
+            assert head is not None and head.state.coverage == Coverage(1, FIRST, newest + more)
+            assert sum(call.verb == "get" for call in counted.calls) == 1 + more
+        sizes = [listed.size for listed in await store.list(keys.log_prefix("main"))][::-1]
+        assert [number for number, size in enumerate(sizes) if size > 70_000] == [1, *range(10, 61, 10)]
+
+    run(work())
+
+
 @pytest.mark.parametrize("between", [0, 1, 7, 40, 98, 99, 100, 150, 250])
 def test_what_was_read_before_is_not_read_again(monkeypatch: pytest.MonkeyPatch, between: int) -> None:
     """Long states: from a known head of the same hundred on only the entries since are read."""

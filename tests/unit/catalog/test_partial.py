@@ -132,7 +132,7 @@ def test_a_pack_that_is_missing_is_named() -> None:
     asyncio.run(work())
 
 
-@pytest.mark.parametrize("states", [0, log.STATE_BYTES], ids=["long", "short"])
+@pytest.mark.parametrize("states", [0, 600, log.STATE_BYTES], ids=["long", "in tenths", "short"])
 @pytest.mark.parametrize("seed", range(40))
 def test_any_part_of_a_store(seed: int, states: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """P7: closed under nothing."""

@@ -16,12 +16,15 @@ import pytest
 from restore import fetcher as fetcher_module
 from restore.cache import DiskCache
 from restore.fetcher import AHEAD_BYTES, MAX_BACKGROUND, MEMORY_BYTES, Counters, Fetcher
+from restore.frames_ahead import Pace
+from restore.page_index import PageIndex
 from restore.source import ExtentSource
 from tests.support.plain_snapshot import store_directory
 from timeline.clock import SystemClock
 from timeline.errors import DamagedStore, MissingObject, NotFound, Unavailable
 from timeline.format import keys
 from timeline.format.branch_state import Snapshot
+from timeline.format.digest import digest_of
 from timeline.format.extent import GROUP_BYTES, ExtentRef, encode_extent
 from timeline.format.file_listing import read_file_listing
 from timeline.format.manifest import FileRow, PageRow
@@ -48,6 +51,13 @@ class FastClock(SystemClock):
     async def sleep(self, seconds: float) -> None:
         self.slept += seconds
         await asyncio.sleep(0)
+
+
+class WaitingClock(FastClock):
+    """Sleeping takes its time."""
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
 
 
 class Gate:
@@ -98,14 +108,27 @@ class Bench:
     """A fetcher over a store in memory."""
 
     def __init__(
-        self, pool: ThreadPoolExecutor, cache: DiskCache, patience: float, faults: Faults | None = None
+        self,
+        pool: ThreadPoolExecutor,
+        cache: DiskCache,
+        patience: float,
+        faults: Faults | None = None,
+        quiet: float = 0.0,
     ) -> None:
         self.memory = MemoryStore()
         self.gate = Gate()
         self.store = FaultyStore(self.memory, before=self.gate, faults=faults)
-        self.clock = FastClock()
+        self.clock = WaitingClock() if quiet else FastClock()
         self.counters = Counters()
-        self.fetcher = Fetcher(self.store, cache, self.clock, pool, self.counters, patience_seconds=patience)
+        self.fetcher = Fetcher(
+            self.store,
+            cache,
+            self.clock,
+            pool,
+            self.counters,
+            patience_seconds=patience,
+            quiet_seconds=quiet,
+        )
 
 
 def with_bench(
@@ -114,10 +137,11 @@ def with_bench(
     cache: Path | None = None,
     patience: float = 10.0,
     faults: Faults | None = None,
+    quiet: float = 0.0,
 ) -> T:
     async def run() -> T:
         with ThreadPoolExecutor(2) as pool:
-            bench = Bench(pool, DiskCache(cache, 1 << 30, SystemClock()), patience, faults)
+            bench = Bench(pool, DiskCache(cache, 1 << 30, SystemClock()), patience, faults, quiet)
             try:
                 return await work(bench)
             finally:
@@ -150,6 +174,52 @@ def test_neighbours_come_in_one_request() -> None:
         assert bench.gate.gets == 1
 
     with_bench(work)
+
+
+def cached(cache: Path) -> set[bytes]:
+    """Digests of what is in the disk cache."""
+    return {
+        bytes.fromhex(shard.name + entry.name)
+        for shard in (cache / "v1").iterdir()
+        if shard.name != "tmp"
+        for entry in shard.iterdir()
+    }
+
+
+async def used(bench: Bench) -> set[bytes]:
+    """Digests of what was fetched: extents one by one and together, and a part of another object."""
+    refs = await put_extents(bench.memory, raws(30))
+    part = NOISE[:5000]
+    await bench.memory.create("manifests/part", part)
+    await bench.fetcher.fetch(refs[0])
+    await bench.fetcher.fetch_all(refs[10:20], max_gap_bytes=0, max_run_bytes=1 << 20)
+    await bench.fetcher.read_part("manifests/part", 0, len(part), digest_of(part))
+    return {digest_of(part), refs[0].digest, *(ref.digest for ref in refs[10:20])}
+
+
+def test_a_young_fetcher_leaves_the_disk_cache_for_later(tmp_path: Path) -> None:
+    """Postgres wants the processor for its start; what it took is kept when that is over."""
+
+    async def work(bench: Bench) -> None:
+        digests = await used(bench)
+        assert cached(tmp_path) == set()
+        bench.clock.slept += 100.0
+        async with asyncio.timeout(30):
+            while cached(tmp_path) != digests:  # noqa: ASYNC110 - nothing tells of files
+                await asyncio.sleep(0.01)
+
+    with_bench(work, cache=tmp_path, quiet=100.0)
+
+
+def test_what_was_to_be_kept_later_is_kept_at_the_end(tmp_path: Path) -> None:
+    """A branch that lives for seconds warms the cache for the next one."""
+
+    async def work(bench: Bench) -> set[bytes]:
+        digests = await used(bench)
+        assert cached(tmp_path) == set()
+        return digests
+
+    assert with_bench(work, cache=tmp_path, quiet=100.0) == cached(tmp_path)
 
 
 def test_far_ones_do_not() -> None:
@@ -508,5 +578,53 @@ def test_boot_set_comes_in_few_requests(tmp_path: Path) -> None:
             row = await row_of(bench.memory, snapshot, f"{number:03}")
             assert await source.content(row).read(0, 60_000) == NOISE[number * 5000 : number * 5000 + 60_000]
         assert bench.gate.gets - again == 1
+
+    with_bench(work)
+
+
+def test_an_index_that_is_not_needed_may_be_missing() -> None:
+    """All manifests are asked at once; what a newer one tells does not depend on an older one."""
+
+    async def work(bench: Bench) -> None:
+        path, born = "base/5/16384", Lsn(0)
+        refs = await put_extents(bench.memory, raws(2))
+        pages = []
+        for ref in refs:
+            data, manifest = write_page_manifest([PageRow(path, 0, ref)])
+            pages.append(manifest)
+            await bench.memory.create(keys.manifest(manifest.digest), data)
+        index = PageIndex(tuple(pages), bench.fetcher)
+        await index.open()
+        await bench.memory.delete([keys.manifest(pages[0].digest)])
+        (piece,) = await index.pieces(path, 0, GROUP_BYTES // 8192, born)
+        assert piece.ref == refs[1]
+        await bench.memory.delete([keys.manifest(pages[1].digest)])
+        index = PageIndex(tuple(pages), bench.fetcher)
+        with pytest.raises(NotFound):
+            await index.pieces(path, 0, GROUP_BYTES // 8192, born)
+
+    with_bench(work)
+
+
+def test_the_pace_counts_what_shares_the_line() -> None:
+    async def work(bench: Bench) -> None:
+        refs = await put_extents(bench.memory, raws(30))
+        noted: list[tuple[int, int]] = []
+
+        class Noting(Pace):
+            def note(self, length: int, seconds: float, together: int) -> None:
+                noted.append((length, together))
+
+        bench.fetcher._pace = Noting()
+        bench.gate.open.clear()
+        waiting = [asyncio.ensure_future(bench.fetcher.fetch(ref)) for ref in (refs[0], refs[10], refs[20])]
+        await asyncio.sleep(0.01)
+        bench.gate.open.set()
+        await asyncio.gather(*waiting)
+        await bench.fetcher.fetch(refs[29])
+        (length, alone) = noted[-1]
+        assert alone == length
+        # The first of three began alone, the last one ended alone: neither shared it all the time.
+        assert [together // length for length, together in noted[:3]] == [1, 2, 1]
 
     with_bench(work)

@@ -153,25 +153,28 @@ def test_what_nobody_asks_for_makes_room(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_gap_is_read_over_where_bytes_come_fast() -> None:
+    large = 1 << 20
     pace = Pace()
     assert pace.gap_bytes == MAX_GAP_BYTES
-    pace.note(1 << 20, 0.030)
+    pace.note(large, 0.030, large)
     assert pace.gap_bytes == MAX_GAP_BYTES, "the wait for the first byte is not known"
-    pace.note(100, 0.020)
-    assert pace.gap_bytes == int((1 << 20) / 0.010 * REQUEST_COST_SECONDS)
-    pace.note(1 << 20, 1.0)
-    assert pace.gap_bytes == int((1 << 20) / 0.010 * REQUEST_COST_SECONDS), "slower than it could be"
-    pace.note(1 << 20, 0.025)
+    pace.note(100, 0.020, 100)
+    assert pace.gap_bytes == int(large / 0.010 * REQUEST_COST_SECONDS)
+    pace.note(large, 1.0, large)
+    assert pace.gap_bytes == int(large / 0.010 * REQUEST_COST_SECONDS), "slower than it could be"
+    pace.note(large, 0.025, large)
     assert pace.gap_bytes == LONGEST_GAP_BYTES
     first_of_all = Pace()
-    first_of_all.note(100, 0.400)
-    first_of_all.note(1 << 20, 0.350)
-    first_of_all.note(100, 0.050)
+    first_of_all.note(100, 0.400, 100)
+    first_of_all.note(large, 0.350, large)
+    first_of_all.note(100, 0.050, 100)
     assert first_of_all.gap_bytes == MAX_GAP_BYTES, "the first wait was for more than the first byte"
     slow = Pace()
-    slow.note(100, 0.020)
-    slow.note(1 << 20, 1.0)
+    slow.note(100, 0.020, 100)
+    slow.note(large, 1.0, large)
     assert slow.gap_bytes == MAX_GAP_BYTES
+    slow.note(large, 1.0, 40 * large)
+    assert slow.gap_bytes == int(40 * large / 0.980 * REQUEST_COST_SECONDS), "forty at once share the line"
 
 
 def test_runs_are_bounded() -> None:

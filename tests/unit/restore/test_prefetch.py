@@ -6,7 +6,8 @@ from pathlib import Path
 
 from restore.mount_control import BlockRange
 from restore.plan import SegmentFile
-from restore.prefetch import WINDOW_BYTES, PrefetchTask, status_files, windows
+from restore.prefetch import WINDOW_BYTES, PrefetchTask, batches, status_files, windows
+from restore.replay_reads import ReplayReads
 from tests.support.manual_clock import ManualClock
 from timeline.lsn import Lsn
 
@@ -57,3 +58,36 @@ def test_windows_begin_at_the_redo_point_and_end_with_the_wal(tmp_path: Path) ->
     (feed / "second").rename(tmp_path / "second")
     _, _, more = next(windows(task, ManualClock()))
     assert not more, "the next segment is still to come"
+
+
+def test_it_is_told_before_the_mount_stands(tmp_path: Path) -> None:
+    """And before there is any WAL: it waits for both."""
+    data, wal = tmp_path / "data", tmp_path / "wal"
+    data.mkdir()
+    wal.mkdir()
+    size = 16 * MIB
+
+    class Clock(ManualClock):
+        """Whoever waits sees the mount come, and then a segment."""
+
+        def pause(self, seconds: float) -> None:
+            if not (data / "PG_VERSION").exists():
+                (data / "pg_xact").mkdir()
+                (data / "pg_xact" / "0000").touch()
+                (data / "PG_VERSION").touch()
+            else:
+                (wal / "first").write_bytes(bytes(size))
+
+    task = PrefetchTask(
+        data=str(data),
+        places=(str(wal),),
+        segments=(SegmentFile("first", Lsn(size), Lsn(2 * size)),),
+        redo=Lsn(size),
+        end=Lsn(2 * size),
+        segment_bytes=size,
+        relation_segment_bytes=1 << 30,
+        tablespace_directory="PG_15_202209061",
+        near=False,
+    )
+    reads = ReplayReads(size, 1 << 30, "PG_15_202209061")
+    assert list(batches(task, reads, Clock())) == [[BlockRange("pg_xact/0000", 0, 32)]]

@@ -27,7 +27,7 @@ def replayed(reads: ReplayReads, rows: Sequence[Row], patch: pytest.MonkeyPatch)
     touches = np.zeros(len(rows), FIRST_TOUCH_DTYPE)
     for number, (spc, db, rel, fork, block, known) in enumerate(rows):
         touches[number] = (spc, db, rel, fork, known, block)
-    patch.setattr("timeline.pg.wal_blocks.first_touches", lambda *_: touches)
+    patch.setattr("restore.replay_reads.first_touches", lambda *_: touches)
     return reads.of(b"", Lsn(0))
 
 
