@@ -22,7 +22,7 @@ class Speed:
 
 
 NEAR = Speed(1.0, 50e6)
-FAR = Speed(2.2, 6e6)
+FAR = Speed(1.9, 15e6)
 """S3 at 20 ms; nearer, and with checkpoints more often, it is faster."""
 LOW_SHARE = 0.2
 """Of the slot's room: less is an alarm."""

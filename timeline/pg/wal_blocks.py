@@ -40,6 +40,7 @@ Places = npt.NDArray[np.int64]
 _SHORT_HEADER_BYTES, _LONG_HEADER_BYTES = 24, 40
 _RECORD_HEADER_BYTES = 24
 _LONGEST_RECORD_BYTES = 1 << 30
+_ANCESTORS = 4
 _CONTINUED = 0x01
 _SWITCH_INFO = 0x40
 _HAS_IMAGE, _WILL_INIT, _SAME_RELATION = 0x10, 0x40, 0x80
@@ -85,7 +86,7 @@ def first_touches(
     Memory: twice the data, and about 100 bytes a reference. Raises WalFormatError when ``start`` is neither.
     """
     stream = _stream(as_bytes_array(data), start, segment_bytes, major)
-    rows = _references(stream, *_records(stream))
+    rows = _references(stream, *_records(stream, segment_bytes))
     # Relations are few: their number and the block's make one key.
     spc, db, rel, block = (rows[name].astype(np.uint64) for name in ("spc", "db", "rel", "block"))
     _, database = np.unique(spc << 32 | db, return_inverse=True)
@@ -128,7 +129,7 @@ def _stream(data: Bytes, start: int, segment_bytes: int, major: int | None) -> _
     return _Stream(body, begins, places, first + -first % 8, major)
 
 
-def _records(stream: _Stream) -> tuple[Places, Places]:
+def _records(stream: _Stream, segment_bytes: int) -> tuple[Places, Places]:
     """Where the complete records begin, and how long they are."""
     nothing = np.empty(0, np.int64)
     words = stream.body[: stream.end // 8 * 8].view("<u8")
@@ -143,13 +144,21 @@ def _records(stream: _Stream) -> tuple[Places, Places]:
     lengths = _u32(stream.body, candidates)
     rmid, info = stream.body[candidates + 17], stream.body[candidates + 16]
     # A switch owns the rest of its segment.
-    follows = np.where((rmid == 0) & (info & 0xF0 == _SWITCH_INFO), -1, candidates + lengths + -lengths % 8)
+    switches = (rmid == 0) & (info & 0xF0 == _SWITCH_INFO)
+    next_segment = (
+        stream.lsns(candidates) // segment_bytes * segment_bytes + segment_bytes + _LONG_HEADER_BYTES
+    )
+    follows = np.where(switches, stream.places(next_segment), candidates + lengths + -lengths % 8)
     before = stream.places(words[candidates // 8 + 1].astype(np.int64))
     at = np.minimum(np.searchsorted(candidates, before), len(candidates) - 1)
-    good = (candidates[at] == before) & ((follows[at] == candidates) | (follows[at] == -1))
-    good |= candidates == stream.first
-    good &= (lengths >= _RECORD_HEADER_BYTES) & (lengths < _LONGEST_RECORD_BYTES)
-    good &= candidates + lengths <= stream.end
+    fits = (lengths >= _RECORD_HEADER_BYTES) & (lengths < _LONGEST_RECORD_BYTES)
+    first = candidates == stream.first
+    linked = (candidates[at] == before) & (follows[at] == candidates) & fits | first
+    # Data may look like a record, hardly like several in a row. Not more, for after broken WAL there is a first one again.
+    good = linked
+    for _ in range(_ANCESTORS):
+        good = linked & (good[at] | first)
+    good = good & (candidates + lengths <= stream.end)
     return candidates[good], lengths[good]
 
 

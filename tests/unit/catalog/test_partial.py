@@ -133,7 +133,7 @@ def test_a_pack_that_is_missing_is_named() -> None:
 
 
 @pytest.mark.parametrize("states", [0, 600, log.STATE_BYTES], ids=["long", "in tenths", "short"])
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(27))
 def test_any_part_of_a_store(seed: int, states: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """P7: closed under nothing."""
     monkeypatch.setattr(log, "STATE_BYTES", states)

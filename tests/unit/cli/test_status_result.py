@@ -84,7 +84,7 @@ def test_a_far_store_takes_longer_to_branch_from() -> None:
         and far.expected_seconds is not None
     )
     assert near.expected_seconds == pytest.approx(1.0 + near.replay_bytes / 50e6)
-    assert far.expected_seconds == pytest.approx(2.2 + near.replay_bytes / 6e6)
+    assert far.expected_seconds == pytest.approx(1.9 + near.replay_bytes / 15e6)
 
 
 def test_the_json_keeps_its_keys(capsys: pytest.CaptureFixture[str]) -> None:

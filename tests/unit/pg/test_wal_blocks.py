@@ -81,6 +81,19 @@ def test_windows_that_begin_at_a_record() -> None:
         assert rows_of(wal, record.start) == plain(wal, record.start)
 
 
+def test_data_that_looks_like_records() -> None:
+    """In a young cluster LSNs are small numbers, of which pages are full."""
+    rng = random.Random(8)
+    wal = WalBuilder(START)
+    headers = 24 + 20 + 5
+    for number in range(10):
+        words = list(range(START, START + 400_000, 8))
+        rng.shuffle(words)
+        aligned = bytes(-headers % 8) + b"".join(word.to_bytes(8, "little") for word in words)
+        wal.append(10, 0, blocks=[Block(block=number)], main=aligned)
+    assert rows_of(wal) == plain(wal)
+
+
 def test_after_a_switch_records_begin_with_the_next_segment() -> None:
     wal = WalBuilder(START)
     wal.append(10, 0, blocks=[Block(block=1)])
