@@ -17,7 +17,15 @@ import numpy.typing as npt
 from timeline.lsn import Lsn
 from timeline.pg.errors import WalFormatError
 from timeline.pg.segment import check_segment_bytes
-from timeline.pg.wal_machine import MAGIC_OF_MAJOR, PAGE_BYTES, Buffer, as_bytes_array, page_header_bytes
+from timeline.pg.wal_machine import (
+    LONG_HEADER_BYTES,
+    MAGIC_OF_MAJOR,
+    PAGE_BYTES,
+    SHORT_HEADER_BYTES,
+    Buffer,
+    as_bytes_array,
+    page_header_bytes,
+)
 
 FIRST_TOUCH_DTYPE = np.dtype(
     [
@@ -37,10 +45,10 @@ FirstTouchArray = npt.NDArray[np.void]
 Bytes = npt.NDArray[np.uint8]
 Places = npt.NDArray[np.int64]
 
-_SHORT_HEADER_BYTES, _LONG_HEADER_BYTES = 24, 40
 _RECORD_HEADER_BYTES = 24
 _LONGEST_RECORD_BYTES = 1 << 30
 _ANCESTORS = 4
+"""Records in a row that have to fit before the next one counts."""
 _CONTINUED = 0x01
 _SWITCH_INFO = 0x40
 _HAS_IMAGE, _WILL_INIT, _SAME_RELATION = 0x10, 0x40, 0x80
@@ -103,7 +111,7 @@ def _stream(data: Bytes, start: int, segment_bytes: int, major: int | None) -> _
     if start % 8 or 0 < offset < page_header_bytes(first_page, segment_bytes):
         raise WalFormatError(start, "expected the start of a record or of a page")
     pages = np.arange(first_page, start + len(data), PAGE_BYTES, dtype=np.int64)
-    headers = np.where(pages % segment_bytes == 0, _LONG_HEADER_BYTES, _SHORT_HEADER_BYTES)
+    headers = np.where(pages % segment_bytes == 0, LONG_HEADER_BYTES, SHORT_HEADER_BYTES)
     begins = pages + headers
     if offset:
         begins[:1] = start
@@ -119,7 +127,7 @@ def _stream(data: Bytes, start: int, segment_bytes: int, major: int | None) -> _
             step = PAGE_BYTES if count > 1 else size
             part = np.lib.stride_tricks.as_strided(data[at:], (count, size), (step, 1), writeable=False)
             body[places[run[0]] : places[run[0]] + count * size].reshape(count, size)[:] = part
-    whole = pages[(pages >= start) & (pages + _SHORT_HEADER_BYTES <= start + len(data))] - start
+    whole = pages[(pages >= start) & (pages + SHORT_HEADER_BYTES <= start + len(data))] - start
     first = 0
     if len(whole):
         magic = int(data[whole[0] : whole[0] + 2].view("<u2")[0])
@@ -146,7 +154,7 @@ def _records(stream: _Stream, segment_bytes: int) -> tuple[Places, Places]:
     # A switch owns the rest of its segment.
     switches = (rmid == 0) & (info & 0xF0 == _SWITCH_INFO)
     next_segment = (
-        stream.lsns(candidates) // segment_bytes * segment_bytes + segment_bytes + _LONG_HEADER_BYTES
+        stream.lsns(candidates) // segment_bytes * segment_bytes + segment_bytes + LONG_HEADER_BYTES
     )
     follows = np.where(switches, stream.places(next_segment), candidates + lengths + -lengths % 8)
     before = stream.places(words[candidates // 8 + 1].astype(np.int64))

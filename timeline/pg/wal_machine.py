@@ -12,6 +12,8 @@ from timeline.pg.errors import WalFormatError
 from timeline.pg.segment import check_segment_bytes
 
 PAGE_BYTES = 8192
+SHORT_HEADER_BYTES, LONG_HEADER_BYTES = 24, 40
+"""Of a page; the long one where a segment begins."""
 ANY_TLI = 0xFFFFFFFF
 MAGIC_OF_MAJOR = {14: 0xD10D, 15: 0xD110, 16: 0xD113, 17: 0xD116, 18: 0xD118}
 """XLOG_PAGE_MAGIC of each major (src/include/access/xlog_internal.h)."""
@@ -27,7 +29,7 @@ _EVENT_BYTES = 64 << 10
 
 def page_header_bytes(page: int, segment_bytes: int) -> int:
     """Size of the header of the WAL page that begins at this LSN."""
-    return 40 if page % segment_bytes == 0 else 24
+    return LONG_HEADER_BYTES if page % segment_bytes == 0 else SHORT_HEADER_BYTES
 
 
 class Machine:
