@@ -3,10 +3,9 @@
 Promises: every extent returned had its BLAKE3 checked (P5); of any number of callers that want one extent at
 once, one request is made; what is asked for within one step of the event loop and lies close together in one
 pack is one request. Bounds: MAX_REQUESTS requests in flight for what somebody waits for, MAX_BACKGROUND for what nobody
-waits for yet, MAX_RUN_BYTES each; MEMORY_BYTES of raw extents kept; MAX_STORING_BYTES waiting to be written to the disk
-cache (above it they are not written at all). Failures: a store that does not answer is asked again until
-``patience_seconds`` are over, then Unavailable; a damaged extent is fetched once more, then DamagedStore;
-NotFound at once.
+waits for yet, MAX_RUN_BYTES each; what is kept is bounded by restore/extent_memory.py, frames_ahead.py and cache_writer.py.
+Failures: a store that does not answer is asked again until ``patience_seconds`` are over, then Unavailable; a damaged extent
+is fetched once more, then DamagedStore; NotFound at once.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 from restore.cache import DiskCache, WouldBlock
+from restore.cache_writer import CacheWriter
+from restore.extent_memory import ExtentMemory
 from restore.extent_runs import MAX_GAP_BYTES, coalesce, frame_of, range_of
 from restore.frames_ahead import FramesAhead, Pace
 from timeline.clock import Clock
@@ -36,17 +36,6 @@ _T = TypeVar("_T")
 MAX_REQUESTS = 32
 MAX_BACKGROUND = 24
 MAX_RUN_BYTES = 1 << 20
-MEMORY_BYTES = 8 << 20
-AHEAD_BYTES = 16 << 20
-"""Fetched or being fetched and not asked for yet; more is refused, for read-ahead is only a help."""
-AHEAD_SECONDS = 2.0
-"""What was not asked for after so long may make room."""
-MAX_STORING_BYTES = 16 << 20
-STORE_LATER_SECONDS = 1.0
-STORE_PAUSE_SECONDS = 0.002
-"""What a replay used is put into the disk cache once it was fed no more for a while, and so slowly."""
-FLUSH_SECONDS = 1.0
-"""Whoever closes a mount waits no longer for what is to be put there still."""
 REQUEST_SECONDS = 30.0
 """A request without an answer for this long counts as failed."""
 
@@ -78,8 +67,8 @@ class _Flight:
     background: bool
     """Nobody waits for it yet."""
     future: asyncio.Future[bytes]
-    counted: bool = False
-    """Its bytes are in Fetcher._ahead_bytes."""
+    announced: bool = False
+    """Its bytes are, to Fetcher._memory."""
 
 
 class Fetcher:
@@ -104,13 +93,7 @@ class Fetcher:
         self._pool = pool
         self.counters = counters
         self._patience_seconds = patience_seconds
-        self._quiet_until = clock.monotonic() + quiet_seconds
-        self._memory: OrderedDict[bytes, bytes] = OrderedDict()
-        self._memory_bytes = 0
-        self._ahead: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()
-        """What nobody has asked for yet, and since when."""
-        self._ahead_bytes = 0
-        """Of those, and of what is being fetched in the background."""
+        self._memory = ExtentMemory(clock)
         self._flights: dict[bytes, _Flight] = {}
         self._queue: list[_Flight] = []
         self._dispatching = False
@@ -120,8 +103,7 @@ class Fetcher:
         self._on_their_way: list[int] = []
         """Lengths of the requests that were made and not answered yet; not many."""
         self._frames = FramesAhead(self._get_in_background, self._pace, clock)
-        self._storing_later: asyncio.Task[None] | None = None
-        self._storing_bytes = 0
+        self._writer = CacheWriter(cache, self._frames, clock, pool, quiet_seconds=quiet_seconds)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -132,12 +114,6 @@ class Fetcher:
     def peek(self, ref: ExtentRef, start: int, stop: int) -> bytes | None:
         """Bytes [start, stop) of the extent, fewer at its end, if they can be had without waiting."""
         raw = self._memory.get(ref.digest)
-        if raw is not None:
-            self._memory.move_to_end(ref.digest)
-        elif ref.digest in self._ahead:
-            raw, _ = self._ahead.pop(ref.digest)
-            self._ahead_bytes -= len(raw)
-            self._remember(ref.digest, raw)
         if raw is not None:
             self.counters.memory_hits += 1
             return raw if start == 0 and stop >= len(raw) else raw[start:stop]
@@ -177,7 +153,7 @@ class Fetcher:
             return None
         self.counters.extents += len(found)
         for digest, raw in found.items():
-            self._remember(digest, raw)
+            self._memory.keep(digest, raw)
         return [found[ref.digest] for ref in refs]
 
     async def fetch(self, ref: ExtentRef) -> bytes:
@@ -209,7 +185,7 @@ class Fetcher:
             digest = ref.digest
             if self._is_here(digest):
                 continue
-            if not self._make_room(ref.raw_bytes):
+            if not self._memory.has_room_ahead(ref.raw_bytes):
                 return number
             self._flight(ref, background=True)
         return len(refs)
@@ -269,43 +245,25 @@ class Fetcher:
                 pause = await self._wait(error, pause, deadline)
         if await self.in_thread(lambda: digest_of(data)) != digest:
             raise DamagedStore(key, start, f"expected {length} bytes with BLAKE3 {digest.hex()}")
-        self._keep_on_disk(digest, data)
+        self._writer.write(digest, data)
         return data
 
     def let_go(self) -> None:
         """Give up what is in memory, but for what is still to be written to the disk cache."""
         self._memory.clear()
-        self._memory_bytes = 0
-        self._ahead_bytes -= sum(len(raw) for raw, _ in self._ahead.values())
-        self._ahead.clear()
         self._frames.clear()
 
     async def aclose(self) -> None:
-        """Wait for what is under way, and write what was to be kept later, as far as FLUSH_SECONDS allow: the next branch
-        will want it."""
-        if self._storing_later is not None:
-            self._storing_later.cancel()
+        """Wait for what is under way, and for the writing of what is to be kept on disk, as far as its bound allows."""
         await self._frames.aclose()
         while self._queue or self._tasks:
             self._dispatch()
             await asyncio.wait(set(self._tasks))
-        left = list(iter(self._pop_later, None))
-        deadline = self._clock.monotonic() + FLUSH_SECONDS
-
-        def flush() -> None:
-            for later in left:
-                if self._clock.monotonic() >= deadline:
-                    return
-                digest, raw = later()
-                if raw is not None:
-                    self._cache.store(digest, raw)
-
-        if left:
-            await self.in_thread(flush)
+        await self._writer.aclose()
 
     def _is_here(self, digest: bytes) -> bool:
         """Whether the extent is here or on its way."""
-        near = digest in self._memory or digest in self._ahead or digest in self._frames
+        near = digest in self._memory or digest in self._frames
         return near or digest in self._flights or self._cache.has(digest)
 
     def _from_frame(self, ref: ExtentRef) -> bytes | None:
@@ -317,49 +275,9 @@ class Fetcher:
         if not isinstance(raw, bytes):
             return None
         self.counters.extents += 1
-        self._remember(ref.digest, raw)
-        self._store_later()
+        self._memory.keep(ref.digest, raw)
+        self._writer.write_frames_later()
         return raw
-
-    @property
-    def _quiet(self) -> bool:
-        return self._clock.monotonic() < self._quiet_until
-
-    def _store_later(self) -> None:
-        """Have what a start and its replay used kept on disk once they are over: a file for each extent would cost them more
-        than the extent itself."""
-        if not self._cache.usable or (self._storing_later is not None and not self._storing_later.done()):
-            return
-
-        async def store() -> None:
-            while self._quiet or self._frames.busy:
-                await self._clock.sleep(STORE_LATER_SECONDS)
-            while (later := self._pop_later()) is not None:
-                digest, raw = await self.in_thread(later)
-                if raw is not None:
-                    self._keep_on_disk(digest, raw)
-                await self._clock.sleep(STORE_PAUSE_SECONDS)
-
-        self._storing_later = asyncio.get_running_loop().create_task(store())
-
-    def _kept_for_later(self, ref: ExtentRef, frame: memoryview) -> bool:
-        if not (self._quiet and self._cache.usable and self._frames.keep(ref, bytes(frame))):
-            return False
-        self._store_later()
-        return True
-
-    def _pop_later(self) -> Callable[[], tuple[bytes, bytes | None]] | None:
-        """Gives, in whatever thread, digest and bytes of something to be kept on disk; no bytes when they are damaged."""
-        taken = self._frames.pop_taken()
-        if taken is None:
-            return None
-        ref, frame = taken
-
-        def decode() -> tuple[bytes, bytes | None]:
-            raw = _decode(memoryview(frame), ref.offset, ref, "")
-            return ref.digest, raw if isinstance(raw, bytes) else None
-
-        return decode
 
     async def _wait(self, error: Unavailable, pause: float, deadline: float) -> float:
         """Sleep before another try; the next pause. Raises the error when the deadline would pass."""
@@ -375,8 +293,8 @@ class Fetcher:
         if flight is None:
             flight = self._register(ref, background=background)
             if background:
-                flight.counted = True
-                self._ahead_bytes += ref.raw_bytes
+                flight.announced = True
+                self._memory.announce(ref.raw_bytes)
             self._queue.append(flight)
             if not self._dispatching:
                 self._dispatching = True
@@ -445,8 +363,7 @@ class Fetcher:
         for flight, outcome in zip(run, outcomes, strict=True):
             if isinstance(outcome, bytes):
                 self.counters.extents += 1
-                if not self._kept_for_later(flight.ref, frame_of(data, start, flight.ref)):
-                    self._keep_on_disk(flight.ref.digest, outcome)
+                self._writer.write_extent(flight.ref, frame_of(data, start, flight.ref), outcome)
             self._land(flight, outcome)
 
     async def _get_in_background(self, key: str, start: int, length: int) -> bytes:
@@ -482,55 +399,16 @@ class Fetcher:
         digest = flight.ref.digest
         if self._flights.pop(digest, None) is None:
             return
-        if flight.counted:
-            self._ahead_bytes -= flight.ref.raw_bytes
+        if flight.announced:
+            self._memory.withdraw(flight.ref.raw_bytes)
         if not isinstance(outcome, bytes):
             flight.future.set_exception(outcome)
             return
         if flight.background:
-            if self._make_room(len(outcome)):
-                self._ahead[digest] = (outcome, self._clock.monotonic())
-                self._ahead_bytes += len(outcome)
+            self._memory.keep_ahead(digest, outcome)
         else:
-            self._remember(digest, outcome)
+            self._memory.keep(digest, outcome)
         flight.future.set_result(outcome)
-
-    def _make_room(self, size: int) -> bool:
-        """Whether there is room for so much more of what nobody has asked for yet."""
-        oldest_allowed = self._clock.monotonic() - AHEAD_SECONDS
-        while self._ahead_bytes + size > AHEAD_BYTES:
-            if not self._ahead:
-                return False
-            digest, (raw, since) = next(iter(self._ahead.items()))
-            if since > oldest_allowed:
-                return False
-            del self._ahead[digest]
-            self._ahead_bytes -= len(raw)
-        return True
-
-    def _remember(self, digest: bytes, raw: bytes) -> None:
-        if digest in self._memory:
-            return
-        self._memory[digest] = raw
-        self._memory_bytes += len(raw)
-        while self._memory_bytes > MEMORY_BYTES:
-            _, oldest = self._memory.popitem(last=False)
-            self._memory_bytes -= len(oldest)
-
-    def _keep_on_disk(self, digest: bytes, raw: bytes) -> None:
-        if not self._cache.usable or self._storing_bytes + len(raw) > MAX_STORING_BYTES:
-            return
-        self._storing_bytes += len(raw)
-
-        async def store() -> None:
-            try:
-                await self.in_thread(lambda: self._cache.store(digest, raw))
-            finally:
-                self._storing_bytes -= len(raw)
-
-        task = asyncio.get_running_loop().create_task(store())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def _runs(flights: Sequence[_Flight], *, max_gap_bytes: int, max_run_bytes: int) -> list[list[_Flight]]:
