@@ -23,12 +23,9 @@ from timeline.catalog.tail import TailChunk
 from timeline.errors import TargetUnreachable
 from timeline.format.branch_state import BranchState
 from timeline.lsn import Lsn
+from timeline.pg.wal_machine import LONG_HEADER_BYTES, PAGE_BYTES, RECORD_HEADER_BYTES
 from timeline.pg.wal_patch import previous_record
 
-_PAGE_BYTES = 8192
-_RECORD_HEADER_BYTES = 24
-_PAGE_HEADER_BYTES = 40
-"""The longer kind."""
 _FIRST_LOOK_BYTES = 64 << 10
 _LONGEST_RECORD_BYTES = 64 << 20
 """How far the end of the record at an arbitrary LSN is looked for."""
@@ -103,9 +100,9 @@ class RunReader:
     async def before_record(self, start: Lsn) -> Boundary:
         """Just before a record that is known to start there: the record itself names the one before."""
         # Not a byte more than needed: the next one may be in another frame, and its manifest another request.
-        length = _RECORD_HEADER_BYTES
-        if start % _PAGE_BYTES == 0 or start % _PAGE_BYTES + length > _PAGE_BYTES:
-            length += _PAGE_HEADER_BYTES
+        length = RECORD_HEADER_BYTES
+        if start % PAGE_BYTES == 0 or start % PAGE_BYTES + length > PAGE_BYTES:
+            length += LONG_HEADER_BYTES
         wal = await self._read_wal(self.run, start, min(start + length, self.run.end))
         return Boundary(start, previous_record(wal, start, start))
 
@@ -149,7 +146,7 @@ class RunReader:
         """Where to begin when the WAL before the run is not there (any more): at a page the scanner finds a
         record, inside one it cannot."""
         start = self.run.start
-        begin = Lsn(start + -start % _PAGE_BYTES)
+        begin = Lsn(start + -start % PAGE_BYTES)
         if begin > lsn:
             raise TargetUnreachable(f"LSN {lsn} lies inside the first page of the WAL that is kept")
         return begin

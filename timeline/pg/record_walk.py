@@ -13,12 +13,16 @@ import struct
 from dataclasses import dataclass
 
 from timeline.lsn import Lsn
-from timeline.pg.wal_machine import MAGIC_OF_MAJOR, PAGE_BYTES, page_header_bytes
+from timeline.pg.wal_machine import (
+    MAGIC_OF_MAJOR,
+    MAX_RECORD_BYTES,
+    PAGE_BYTES,
+    RECORD_HEADER_BYTES,
+    page_header_bytes,
+)
 
 WALK_BYTES = 1 << 20
 """So much is walked at most: a tenth of a second where records are small, a fraction of what loading the scanner takes."""
-_RECORD_HEADER_BYTES = 24
-_MAX_RECORD_BYTES = 1 << 30
 _PAGE = struct.Struct("<HHIQI")
 """xlp_magic, xlp_info, xlp_tli, xlp_pageaddr, xlp_rem_len."""
 _RECORD = struct.Struct("<IIQBB")
@@ -107,12 +111,12 @@ class _Walk:
     def _record(self, begun: int) -> tuple[int, bytes]:
         """Where a record ends, without padding, and its header."""
         length = int.from_bytes(self._bytes(begun, 4), "little")
-        if not _RECORD_HEADER_BYTES <= length <= _MAX_RECORD_BYTES:
+        if not RECORD_HEADER_BYTES <= length <= MAX_RECORD_BYTES:
             raise _Unusual
         header, position, left = bytearray(), begun, length
         while True:
             room = min(left, PAGE_BYTES - position % PAGE_BYTES)
-            wanted = min(room, _RECORD_HEADER_BYTES - len(header))
+            wanted = min(room, RECORD_HEADER_BYTES - len(header))
             header += self._bytes(position, wanted)
             position, left = position + room, left - room
             if not left:

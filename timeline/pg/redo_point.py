@@ -59,9 +59,14 @@ from timeline.pg.control import (
 )
 from timeline.pg.errors import FormatError, WalFormatError
 from timeline.pg.segment import segment_start
-from timeline.pg.wal_machine import MAGIC_OF_MAJOR, PAGE_BYTES, Buffer, page_header_bytes
-from timeline.pg.wal_patch import (
+from timeline.pg.wal_machine import (
+    MAGIC_OF_MAJOR,
+    PAGE_BYTES,
     RECORD_HEADER_BYTES,
+    Buffer,
+    page_header_bytes,
+)
+from timeline.pg.wal_patch import (
     RM_XLOG,
     Patch,
     format_record,

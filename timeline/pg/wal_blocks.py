@@ -20,7 +20,9 @@ from timeline.pg.segment import check_segment_bytes
 from timeline.pg.wal_machine import (
     LONG_HEADER_BYTES,
     MAGIC_OF_MAJOR,
+    MAX_RECORD_BYTES,
     PAGE_BYTES,
+    RECORD_HEADER_BYTES,
     SHORT_HEADER_BYTES,
     Buffer,
     as_bytes_array,
@@ -45,8 +47,6 @@ FirstTouchArray = npt.NDArray[np.void]
 Bytes = npt.NDArray[np.uint8]
 Places = npt.NDArray[np.int64]
 
-_RECORD_HEADER_BYTES = 24
-_LONGEST_RECORD_BYTES = 1 << 30
 _ANCESTORS = 4
 """Records in a row that have to fit before the next one counts."""
 _CONTINUED = 0x01
@@ -141,12 +141,12 @@ def _records(stream: _Stream, segment_bytes: int) -> tuple[Places, Places]:
     """Where the complete records begin, and how long they are."""
     nothing = np.empty(0, np.int64)
     words = stream.body[: stream.end // 8 * 8].view("<u8")
-    if len(words) < _RECORD_HEADER_BYTES // 8:
+    if len(words) < RECORD_HEADER_BYTES // 8:
         return nothing, nothing
     lowest, highest = stream.page_lsns[0], stream.page_lsns[-1] + PAGE_BYTES
     previous = words[1:-1]
     candidates = np.flatnonzero((previous >= np.uint64(lowest)) & (previous < np.uint64(highest))) * 8
-    if stream.first + _RECORD_HEADER_BYTES <= stream.end:
+    if stream.first + RECORD_HEADER_BYTES <= stream.end:
         candidates = np.union1d(candidates, [stream.first])
     candidates = candidates[candidates >= stream.first]
     lengths = _u32(stream.body, candidates)
@@ -159,7 +159,7 @@ def _records(stream: _Stream, segment_bytes: int) -> tuple[Places, Places]:
     follows = np.where(switches, stream.places(next_segment), candidates + lengths + -lengths % 8)
     before = stream.places(words[candidates // 8 + 1].astype(np.int64))
     at = np.minimum(np.searchsorted(candidates, before), len(candidates) - 1)
-    fits = (lengths >= _RECORD_HEADER_BYTES) & (lengths < _LONGEST_RECORD_BYTES)
+    fits = (lengths >= RECORD_HEADER_BYTES) & (lengths < MAX_RECORD_BYTES)
     first = candidates == stream.first
     linked = (candidates[at] == before) & (follows[at] == candidates) & fits | first
     # Data may look like a record, hardly like several in a row. Not more, for after broken WAL there is a first one again.
@@ -174,7 +174,7 @@ def _references(stream: _Stream, starts: Places, lengths: Places) -> FirstTouchA
     """What the records refer to, in their order: the headers of their first blocks, then of their second ones …"""
     body = stream.body
     record = np.arange(len(starts))
-    at, end = starts + _RECORD_HEADER_BYTES, starts + lengths
+    at, end = starts + RECORD_HEADER_BYTES, starts + lengths
     announced = np.zeros(len(starts), np.int64)
     locator = np.zeros((len(starts), 3), np.int64)
     found: list[FirstTouchArray] = []

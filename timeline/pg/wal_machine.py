@@ -14,6 +14,8 @@ from timeline.pg.segment import check_segment_bytes
 PAGE_BYTES = 8192
 SHORT_HEADER_BYTES, LONG_HEADER_BYTES = 24, 40
 """Of a page; the long one where a segment begins."""
+RECORD_HEADER_BYTES, MAX_RECORD_BYTES = 24, 1 << 30
+"""Of a record, header included; Postgres itself writes none above 1,020 MiB (src/include/access/xlogrecord.h)."""
 ANY_TLI = 0xFFFFFFFF
 MAGIC_OF_MAJOR = {14: 0xD10D, 15: 0xD110, 16: 0xD113, 17: 0xD116, 18: 0xD118}
 """XLOG_PAGE_MAGIC of each major (src/include/access/xlog_internal.h)."""

@@ -24,20 +24,20 @@ from timeline.pg.wal import RecordKind, WalScanner
 from timeline.pg.wal_machine import (
     ANY_TLI,
     MAGIC_OF_MAJOR,
+    MAX_RECORD_BYTES,
     PAGE_BYTES,
+    RECORD_HEADER_BYTES,
     Buffer,
     as_bytes_array,
     page_header_bytes,
 )
 
-RECORD_HEADER_BYTES = 24
 _HEADER = struct.Struct("<IIQBB2x")
 _CRC_OFFSET = 20
 RM_XLOG = 0
 _RM_TABLESPACE = 5
 _XLOG_NOOP = 0x20
 _TABLESPACE_CREATE = 0x00
-_MAX_RECORD_BYTES = 1 << 30
 _IS_CONTINUATION = 0x0001
 _IS_LONG = 0x0002
 _SCAN_BYTES = 4 << 20
@@ -70,7 +70,7 @@ def read_record(wal: Buffer, start: Lsn, at: Lsn, segment_bytes: int) -> bytes:
     when the record is not wholly in ``wal``, spans pages that do not continue it, or is not intact.
     """
     length = int.from_bytes(_read(wal, start, at, 4, segment_bytes), "little")
-    if not RECORD_HEADER_BYTES <= length <= _MAX_RECORD_BYTES:
+    if not RECORD_HEADER_BYTES <= length <= MAX_RECORD_BYTES:
         raise WalFormatError(at, f"record length {length}, expected 24 bytes to 1 GiB")
     record = _read(wal, start, at, length, segment_bytes)
     if _checksum(record) != int.from_bytes(record[_CRC_OFFSET:RECORD_HEADER_BYTES], "little"):
