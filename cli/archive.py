@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.config import Settings, source_option, store_options
+from cli.duration import Duration
 from cli.footprint import keep_small
 from cli.output import duration_text, emit_json, iso, note, say, warn
 from cli.progress import bytes_progress
-from cli.snapshot_schedule import DEFAULT_MIB, SnapshotSchedule
+from cli.snapshot_schedule import DEFAULT_AFTER_SECONDS, DEFAULT_MIB, SnapshotSchedule
 from timeline.errors import TimelineError, Unavailable, UsageError
 from timeline.lsn import Lsn
 from timeline.size_text import size_text
@@ -132,6 +133,14 @@ class BackupResult:
     help="Build a snapshot whenever so much WAL has come; 0: never.",
 )
 @click.option(
+    "--snapshot-after",
+    type=Duration(),
+    default=DEFAULT_AFTER_SECONDS,
+    show_default="5m",
+    metavar="DURATION",
+    help="Build one after so long, too, if a sixteenth of it has come.",
+)
+@click.option(
     "--json-status",
     "status_descriptor",
     type=click.IntRange(min=1),
@@ -144,6 +153,7 @@ def archive_command(
     *,
     settings: Settings,
     snapshot_every: float,
+    snapshot_after: float,
     once: bool,
     max_delay: float | None,
     slot: str | None,
@@ -185,6 +195,7 @@ def archive_command(
         fast_checkpoint=fast_checkpoint or once,
         backup_rate=rate_limit,
         snapshot_mib=0 if once else snapshot_every,
+        snapshot_after_seconds=snapshot_after,
         status_descriptor=status_descriptor,
     )
     result = asyncio.run(run.run())
@@ -211,6 +222,7 @@ class _Archive:
         fast_checkpoint: bool,
         backup_rate: int | None,
         snapshot_mib: float,
+        snapshot_after_seconds: float,
         status_descriptor: int | None = None,
     ) -> None:
         from timeline.archive.status import ArchiverConfig
@@ -224,6 +236,7 @@ class _Archive:
         self._fast_checkpoint = fast_checkpoint
         self._backup_rate = backup_rate
         self._snapshot_mib = snapshot_mib
+        self._snapshot_after_seconds = snapshot_after_seconds
         self._status_descriptor = status_descriptor
         self._writer: StatusWriter | None = None
         self._based = asyncio.Event()
@@ -302,7 +315,13 @@ class _Archive:
     def _start_building(self, archiver: Archiver) -> asyncio.Task[None] | None:
         if self._snapshot_mib <= 0:
             return None
-        schedule = SnapshotSchedule(self._settings, self._clock, self._snapshot_mib, note)
+        schedule = SnapshotSchedule(
+            self._settings,
+            self._clock,
+            every_mib=self._snapshot_mib,
+            after_seconds=self._snapshot_after_seconds,
+            note=note,
+        )
         return asyncio.create_task(schedule.run(lambda: archiver.durable, self._based))
 
     async def _ensure_base(self, archiver: Archiver, store: Store) -> str | None:

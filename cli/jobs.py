@@ -51,7 +51,9 @@ def archive_arguments(cluster: Cluster) -> tuple[str, ...] | None:
         return None
     arguments = ["archive", *_chosen(cluster), "--json-status", "1"]
     arguments += ["--max-delay", f"{plan.max_delay_seconds:g}"]
-    arguments += ["--snapshot-every", f"{cluster.operations.snapshots.every_bytes / _MIB:g}"]
+    snapshots = cluster.operations.snapshots
+    arguments += ["--snapshot-every", f"{snapshots.every_bytes / _MIB:g}"]
+    arguments += ["--snapshot-after", f"{snapshots.after_seconds:g}"]
     arguments += ["--application-name", plan.application_name]
     arguments += ["--slot", plan.slot] if plan.slot is not None else []
     for flag, wanted in (

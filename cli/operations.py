@@ -51,7 +51,9 @@ class SnapshotPlan:
     """``[cluster.NAME.snapshots]``."""
 
     every_bytes: int = 64 << 20
-    """The archiver builds one whenever so much WAL has come; 0: never."""
+    """The archiver builds one whenever so much WAL has come; 0: never …"""
+    after_seconds: float = 300.0
+    """… and after so long, if a sixteenth of it has come."""
     schedule: Schedule | None = None
     """Builds by the clock, for a cluster whose archiver runs on a host that cannot build."""
     timeout_seconds: float = 6 * _HOUR

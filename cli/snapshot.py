@@ -59,7 +59,9 @@ def snapshot_command(*, settings: Settings, at_least_mib: float, wait_seconds: f
     from restore.host import find_host
     from restore.snapshot_build import build_snapshots
     from timeline.clock import SystemClock
+    from timeline.maintain.thin import rules_of_ages
 
+    retention = settings.operations.retention
     address = StoreAddress(settings.need_store(), settings.endpoint_url, settings.region)
 
     async def run() -> list[Build]:
@@ -70,6 +72,9 @@ def snapshot_command(*, settings: Settings, at_least_mib: float, wait_seconds: f
             os.environ,
             at_least_bytes=max(1, int(at_least_mib * (1 << 20))),
             wait_seconds=wait_seconds,
+            rules=rules_of_ages(
+                retention.keep_all_seconds, retention.hourly_seconds, retention.daily_seconds
+            ),
         )
         done: list[Build] = []
         async with aclosing(found) as builds:

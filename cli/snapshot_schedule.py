@@ -21,8 +21,8 @@ from timeline.lsn import Lsn
 
 DEFAULT_MIB = 64
 """A build is due when so much WAL has come since the last one …"""
-IDLE_SECONDS = 300.0
-"""… or after so long, if there is a sixteenth of it."""
+DEFAULT_AFTER_SECONDS = 300.0
+"""… or after so long, if there is at least a sixteenth of it: a branch replays less than that in no time."""
 RETRY_SECONDS = 300.0
 LONGEST_RETRY_SECONDS = 3600.0
 LONGEST_PAUSE_SECONDS = 30.0
@@ -35,6 +35,7 @@ _DRAIN_SECONDS = 2.0
 _KEPT_BYTES = 8192
 _KEPT_LINES = 5
 _USAGE, _UNAVAILABLE = 2, 7
+_LEFT = "; they are left to another host (`tl snapshot` builds one), and tried here again every hour"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Pace:
     """When the next build is due; pure."""
 
     every_bytes: int
+    after_seconds: float
     built_lsn: Lsn
     """What the last build was asked to reach."""
     built_at: float
@@ -50,32 +52,40 @@ class Pace:
     def is_due(self, durable: Lsn, now: float) -> bool:
         """Whether to build now."""
         beyond = durable - self.built_lsn
-        waited = now - self.built_at >= IDLE_SECONDS
+        waited = now - self.built_at >= self.after_seconds
         return now >= self.not_before and (
             beyond >= self.every_bytes or (waited and beyond >= self.every_bytes // 16)
         )
 
     def after(self, durable: Lsn, began: float, now: float) -> Pace:
         """The pace after a build that took from ``began`` to ``now``."""
-        return Pace(self.every_bytes, durable, now, now + min(now - began, LONGEST_PAUSE_SECONDS))
+        pause = min(now - began, LONGEST_PAUSE_SECONDS)
+        return Pace(self.every_bytes, self.after_seconds, durable, now, now + pause)
 
 
 class SnapshotSchedule:
     """Runs ``tl snapshot`` whenever it is due, until cancelled."""
 
     def __init__(
-        self, settings: Settings, clock: Clock, every_mib: float, note: Callable[[str], None]
+        self,
+        settings: Settings,
+        clock: Clock,
+        *,
+        every_mib: float,
+        after_seconds: float,
+        note: Callable[[str], None],
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._every_bytes = int(every_mib * (1 << 20))
+        self._after_seconds = after_seconds
         self._note = note
 
     async def run(self, durable: Callable[[], Lsn | None], based: asyncio.Event) -> None:
         """``durable``: how far the archive has come; ``based``: set when there is a base backup to build on."""
         await based.wait()
         # Nobody here knows how old the newest snapshot is: the first child finds out, and may do nothing.
-        pace = Pace(self._every_bytes, Lsn(0), 0.0, 0.0)
+        pace = Pace(self._every_bytes, self._after_seconds, Lsn(0), 0.0, 0.0)
         retry, told = RETRY_SECONDS, ""
         while True:
             await self._clock.sleep(_POLL_SECONDS)
@@ -89,29 +99,37 @@ class SnapshotSchedule:
                 retry, told = RETRY_SECONDS, ""
                 continue
             if said != told:
-                self._note(f"tl: no snapshot: {said}")
+                self._note(f"tl: no snapshot: {said}" + (_LEFT if code == _USAGE else ""))
                 told = said
             if code == _UNAVAILABLE:
                 # Most often another cluster's build, which this host does one at a time.
                 await self._clock.sleep(BUSY_SECONDS)
                 continue
             if code == _USAGE:
-                self._note("tl: snapshots are left to another host (`tl snapshot` builds one)")
-                return
+                # Binaries or FUSE may come yet.
+                await self._clock.sleep(LONGEST_RETRY_SECONDS)
+                continue
             await self._clock.sleep(retry)
             retry = min(retry * 2, LONGEST_RETRY_SECONDS)
 
-    async def _build(self) -> tuple[int, str]:
-        """Exit code and error of one run."""
-        command = ["snapshot", "--json", "--store", self._settings.need_store()]
+    def command(self) -> tuple[str, ...]:
+        """Arguments of one run."""
+        cluster = self._settings.cluster
+        command = ["snapshot", "--json"]
+        # With the cluster's name come its rules for older snapshots.
+        command += ["--cluster", cluster] if cluster is not None else ["--store", self._settings.need_store()]
         for option, value in (
             ("--endpoint-url", self._settings.endpoint_url),
             ("--region", self._settings.region),
         ):
             command += [option, value] if value is not None else []
         command += ["--at-least", str(self._every_bytes / 16 / (1 << 20))]
+        return tuple(command)
+
+    async def _build(self) -> tuple[int, str]:
+        """Exit code and error of one run."""
         child = await asyncio.create_subprocess_exec(
-            *own_command(*command),
+            *own_command(*self.command()),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

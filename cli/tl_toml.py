@@ -302,7 +302,12 @@ SUB_TABLES: dict[str, tuple[dict[str, Key], Callable[..., Any]]] = {
         BranchPlan,
     ),
     "snapshots": (
-        {"every": Key(_bytes, "every_bytes"), "schedule": Key(_schedule, "schedule"), **_TIMEOUT},
+        {
+            "every": Key(_bytes, "every_bytes"),
+            "after": Key(_positive_span, "after_seconds"),
+            "schedule": Key(_schedule, "schedule"),
+            **_TIMEOUT,
+        },
         SnapshotPlan,
     ),
     "backup": (

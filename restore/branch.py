@@ -47,6 +47,8 @@ from timeline.errors import TimelineError, UsageError
 from timeline.pg.control import ControlFile
 from timeline.pg.errors import FormatError
 
+FAILED_LOG = "failed-start.log"
+"""In the host's state directory: Postgres's log of the last branch that could not be made."""
 _STOP_SECONDS = 60.0
 _MODES = (AUTO, LAZY, COPY)
 _IF_EXISTS = ("fail", "reuse", "reset")
@@ -69,13 +71,14 @@ class HostBranches:
     async def create(self, request: BranchRequest) -> BranchResult:
         """Make a branch and start it; raises what names the cause, and then leaves nothing behind.
 
-        Where replay cannot begin at a built snapshot it begins at a base backup, and says so. A start that fails
+        Where replay cannot begin at a built snapshot it begins at a base backup, and says so; an ``untouched`` branch raises
+        FormatError instead, for its maker has to know where it began. A start that fails
         because the store is damaged raises DamagedStore, whatever Postgres made of it.
         """
         try:
             return await self._create(request)
         except FormatError as error:
-            if request.stock:
+            if request.stock or request.untouched:
                 raise
             result = await self._create(dataclasses.replace(request, stock=True))
             return dataclasses.replace(
@@ -120,6 +123,8 @@ class HostBranches:
                     self.registry.save(branch)
             except BaseException as error:
                 damages = met_damage(self.registry.directory(branch.id) / "mount.log")
+                if isinstance(error, TimelineError):
+                    self._keep_log(branch, error)
                 await asyncio.shield(self._remove(maker.branch))
                 if damages and isinstance(error, TimelineError):
                     # Postgres saw no more than an I/O error.
@@ -128,6 +133,14 @@ class HostBranches:
         elapsed = self._clock.monotonic() - began
         requests, fetched = (maker.store.requests, maker.store.fetched_bytes) if maker.store else (0, 0)
         return self._result(branch, elapsed, requests, fetched)
+
+    def _keep_log(self, branch: LocalBranch, error: TimelineError) -> None:
+        """What the error refers to must outlive the branch; the last one of the host stays."""
+        log, kept = self.registry.directory(branch.id) / "postgres.log", self.host.state / FAILED_LOG
+        if error.hint is not None and str(log) in error.hint:
+            with contextlib.suppress(OSError):
+                log.replace(kept)
+                error.hint = error.hint.replace(str(log), str(kept))
 
     async def start(self, name: str) -> BranchResult:
         """Start a branch that is not running, after a stop, a crash or a reboot.

@@ -229,7 +229,8 @@ class BranchMaker:
             preload=self.request.preload,
         )
         if self.request.untouched:
-            settings = settings.replacing(autovacuum="off")
+            # Replay from a redo point of ours that begins anew finds pages half written, and images of none (EDGE 57).
+            settings = settings.replacing(autovacuum="off", restart_after_crash="off")
         self._warnings += settings.warnings
         self._settings = settings
         self._files = live_directory(self.data, self._host, self.branch)
@@ -305,7 +306,9 @@ class BranchMaker:
 
     async def _recover(self, instance: Instance, plan: BranchPlan, recovery: Recovery) -> Postmaster:
         """The first start: recovery to T and promotion."""
-        starting = launch(instance, options=recovery.options, promotes=recovery.promotes)
+        # WAL since a base backup has images of all pages; WAL since a redo point of ours has not.
+        once = plan.redo_point is not None
+        starting = launch(instance, options=recovery.options, promotes=recovery.promotes, once=once)
         self._note(starting.postmaster)
         syncing = asyncio.ensure_future(to_the_end(self._sync))
         try:

@@ -35,6 +35,8 @@ _FAILURE_LOG_BYTES = 64 << 10
 _LOCK_FILE_BYTES = 8192
 _STATUS_LINE = 7
 _FAILURE = re.compile(r"(?:FATAL|PANIC):  (.*)")
+_BEGAN_ANEW = b"all server processes terminated; reinitializing"
+"""src/backend/postmaster/postmaster.c"""
 _DETAIL = re.compile(r"(?:DETAIL|HINT|CONTEXT):  (.*)")
 _KILL_SECONDS = 10.0
 _PROMOTE_FILE = "promote"
@@ -71,17 +73,20 @@ class Launch:
     _process: subprocess.Popen[bytes]
     _log_offset: int
     _promotes: bool
+    _once: bool
 
     async def wait(self, clock: Clock, *, ready_seconds: float) -> Postmaster:
         """Wait until it is ready, at most ``ready_seconds``; call once.
 
-        Raises TimelineError with Postgres's own words when it ends instead, Unavailable when the time is up.
+        Raises TimelineError with Postgres's own words when it ends instead, or when it recovered more often than allowed,
+        Unavailable when the time is up.
         Nothing of it is left running then, nor when the wait is cancelled.
         """
         try:
             promotion = _Promotion(self.instance, self._process) if self._promotes else None
+            again = _Again(self.instance.log, self._log_offset) if self._once else None
             await _wait_until_ready(
-                self.instance, self._process, self._log_offset, clock, ready_seconds, promotion
+                self.instance, self._process, self._log_offset, clock, ready_seconds, promotion, again
             )
         except BaseException:
             await asyncio.shield(kill(self.postmaster, clock))
@@ -92,17 +97,19 @@ class Launch:
         return self.postmaster
 
 
-def launch(instance: Instance, *, options: Sequence[Setting] = (), promotes: bool = False) -> Launch:
+def launch(
+    instance: Instance, *, options: Sequence[Setting] = (), promotes: bool = False, once: bool = False
+) -> Launch:
     """Start Postgres; raises TimelineError when it cannot be run at all.
 
-    ``promotes``: it starts as a standby, and is to be a primary where its WAL ends.
+    ``promotes``: it starts as a standby, and is to be a primary where its WAL ends. ``once``: having lost a process, it
+    must not begin its recovery anew, on pages that may be half written (EDGE 57).
     """
     # A file left by a crash may name a pid that belongs to someone else by now, and Postgres would give way.
     (instance.data / "postmaster.pid").unlink(missing_ok=True)
     process, log_offset = _spawn(instance, options)
-    return Launch(
-        instance, Postmaster(process.pid, start_time(process.pid) or ""), process, log_offset, promotes
-    )
+    postmaster = Postmaster(process.pid, start_time(process.pid) or "")
+    return Launch(instance, postmaster, process, log_offset, promotes, once)
 
 
 def find_postmaster(data: Path) -> Postmaster | None:
@@ -159,6 +166,7 @@ async def _wait_until_ready(
     clock: Clock,
     ready_seconds: float,
     promotion: _Promotion | None,
+    again: _Again | None,
 ) -> None:
     deadline = clock.monotonic() + ready_seconds
     with contextlib.closing(_LockFile(instance.data, process.pid)) as lock_file:
@@ -166,6 +174,11 @@ async def _wait_until_ready(
             if process.poll() is not None:
                 raise _explain(instance, log_offset, process.returncode)
             status = lock_file.status()
+            if again is not None and again.happened():
+                raise TimelineError(
+                    "Postgres lost a process during its recovery, and would begin anew on pages that may be half written",
+                    hint=f"out of memory? its log is {instance.log}; otherwise try again",
+                )
             if status == "ready":
                 return
             if promotion is not None and status:
@@ -228,6 +241,25 @@ class _Promotion:
             (self._instance.data / _PROMOTE_FILE).touch()
         self._next = now + _ASK_SECONDS
         self._process.send_signal(signal.SIGUSR1)
+
+
+class _Again:
+    """Whether Postgres lost a process and threw its memory away, to recover once more; its log tells."""
+
+    def __init__(self, log: Path, offset: int) -> None:
+        self._log = log
+        self._offset = offset
+        self._size = offset
+
+    def happened(self) -> bool:
+        """Look; costs next to nothing while nothing was logged."""
+        size = self._log.stat().st_size
+        if size == self._size:
+            return False
+        self._size = size
+        with self._log.open("rb") as log:
+            log.seek(self._offset)
+            return _BEGAN_ANEW in log.read(_FAILURE_LOG_BYTES)
 
 
 def _explain(instance: Instance, log_offset: int, code: int) -> TimelineError:

@@ -22,6 +22,11 @@ NEVER = "false"
 """``restore_command`` when everything is in place."""
 
 
+NOBODY_READS = Setting("hot_standby", "off")
+"""On the command line, where no file can say otherwise: a reader that comes during replay from a redo point of ours may take
+rows of transactions that were in progress there for dead (EDGE 56)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """One way to T."""
@@ -46,6 +51,7 @@ def recovery_in_place(plan: BranchPlan) -> Recovery:
     """With all WAL in ``pg_wal``."""
     return Recovery(
         (
+            NOBODY_READS,
             Setting("recovery_target_timeline", str(plan.tli)),
             Setting("restore_command", NEVER),
             # The checkpoint after promotion makes the branch able to survive, so it is not to take its time; nor is it to be
@@ -59,7 +65,7 @@ def recovery_in_place(plan: BranchPlan) -> Recovery:
 
 def recovery_from_feed(plan: BranchPlan, restore_command: str) -> Recovery:
     """With segments that ``restore_command`` waits for."""
-    options = (*plan.recovery, Setting("restore_command", restore_command))
+    options = (NOBODY_READS, *plan.recovery, Setting("restore_command", restore_command))
     return Recovery(options, promotes=False)
 
 

@@ -153,6 +153,7 @@ def _fixed(major: int) -> dict[str, str]:
         "unix_socket_permissions": "0700",
         # Recovery.
         "hot_standby": "off",
+        "restart_after_crash": "on",
         "recovery_init_sync_method": "syncfs",
         "allow_in_place_tablespaces": "on",
         # Without fsync the kernel would never hand its dirty pages to the mount.

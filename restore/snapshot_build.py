@@ -12,7 +12,7 @@ the line was committed meanwhile. On one host they take turns.
 
 One check stands against every unknown: a page of a relation with an LSN above S is refused.
 
-Bounds: STEP_BYTES of WAL in one build (and what is empty beyond), a longer way is taken in steps; rows of the
+Bounds: STEP_BYTES of WAL (snapshot_pace.py) in one build, and what is empty beyond; a longer way is taken in steps. Rows of the
 blocks that one step changed (about 0.4 KB each) and what extent_writer.py and fold.py state in memory.
 """
 
@@ -23,7 +23,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -47,6 +47,7 @@ from restore.open_file import OpenFile
 from restore.overlay import Overlay
 from restore.overlay_changes import ChangedFile, changed_runs, find_changes, is_relation
 from restore.plan import bounds_as_of
+from restore.snapshot_pace import Stand, step_bytes
 from restore.source import ExtentSource
 from timeline.archive.backup_files import treat
 from timeline.archive.boot_pack import BootPack
@@ -71,18 +72,13 @@ from timeline.format.page_manifest import read_page_rows, write_page_manifests
 from timeline.format.wal_index import EventKind
 from timeline.ids import MAIN
 from timeline.lsn import Lsn
-from timeline.maintain.thin import superfluous
+from timeline.maintain.thin import RULES, Rule, superfluous
 from timeline.pg.control import CONTROL_FILE, parse_control
+from timeline.pg.errors import FormatError
 from timeline.pg.redo_point import checkpoint_place, find_redo_point, redo_point_control
 from timeline.store.base import Store
 from timeline.store.open import open_store
 
-SPACING_BYTES = 64 << 20
-"""WAL between two snapshots while the builder keeps up, so that a branch replays no more …"""
-BACKLOG_PART = 4
-"""… and this part of a longer backlog, since every build costs some seconds whatever it replays …"""
-STEP_BYTES = 512 << 20
-"""… but no more than this in one build."""
 _LOOKS_BYTES = (64 << 10, 1 << 20, 16 << 20)
 """How much WAL is searched for a redo point, one after the other."""
 _PACK_BYTES = 16 << 20
@@ -118,10 +114,11 @@ async def build_snapshots(
     parent: str = MAIN,
     at_least_bytes: int = 1,
     wait_seconds: float = 0.0,
+    rules: Sequence[Rule] = RULES,
 ) -> AsyncGenerator[Build, None]:
     """Build until less than ``at_least_bytes`` of WAL lies beyond the newest snapshot; one result for each step.
 
-    ``wait_seconds``: how long to wait for another builder on this host.
+    ``wait_seconds``: how long to wait for another builder on this host; ``rules``: which older snapshots stay.
     Raises UsageError (no FUSE, no binaries), CheckFailed (what was built cannot be trusted), Unavailable (another
     builder on this host), and what making a branch raises.
     """
@@ -141,8 +138,9 @@ async def build_snapshots(
             address.url, endpoint_url=address.endpoint_url, region=address.region, clock=clock
         )
         try:
+            builder = _Builder(address, store, branches, clock, parent, rules)
             while True:
-                built = await _Builder(address, store, branches, clock, parent).step(at_least_bytes)
+                built = await builder.step(at_least_bytes)
                 yield built
                 if built.snapshot is None:
                     return
@@ -172,16 +170,24 @@ async def _turn(host: Host, clock: Clock, wait_seconds: float) -> AsyncIterator[
 
 
 class _Builder:
-    """One step."""
+    """Takes one step after the other."""
 
     def __init__(
-        self, address: StoreAddress, store: Store, branches: HostBranches, clock: Clock, parent: str
+        self,
+        address: StoreAddress,
+        store: Store,
+        branches: HostBranches,
+        clock: Clock,
+        parent: str,
+        rules: Sequence[Rule],
     ) -> None:
         self._address = address
         self._store = store
         self._branches = branches
         self._clock = clock
         self._parent = parent
+        self._rules = rules
+        self._before: Stand | None = None
 
     async def step(self, at_least_bytes: int) -> Build:
         began = self._clock.monotonic()
@@ -194,12 +200,22 @@ class _Builder:
         if lsn is None:
             return Build(None, f"no place for a redo point between {head.snapshot.end} and {head.lsn}")
         target = await history.resolve(AtLsn(lsn))
+        try:
+            build = await self._replay(history, meta.store_id, target)
+        except FormatError as error:
+            target = await self._from_base(history, target, error)
+            build = await self._replay(history, meta.store_id, target)
+        return dataclasses.replace(build, elapsed_seconds=self._clock.monotonic() - began)
+
+    async def _replay(self, history: History, store_id: str, target: Target) -> Build:
+        """From the target's snapshot to its LSN; raises FormatError when replay cannot begin there."""
         request = BranchRequest(
             store=self._address,
-            name=f"snapshot-{lsn:x}",
-            when=AtLsn(lsn),
+            name=f"snapshot-{target.lsn:x}",
+            when=AtLsn(target.lsn),
             tli=target.tli,
             parent=self._parent,
+            stock=target.snapshot.kind != BUILT,
             ttl_seconds=_LIFE_SECONDS,
             mode=LAZY,
             untouched=True,
@@ -208,10 +224,30 @@ class _Builder:
         try:
             await self._branches.stop(made.name)
             branch = self._branches.registry.get(made.name)
-            build = await self._store_changes(history, meta.store_id, target, branch)
+            # Whoever deletes builders that were left finds this one alive.
+            with self._branches.registry.lock(branch):
+                return await self._store_changes(
+                    history, store_id, target, self._branches.registry.reread(branch)
+                )
         finally:
-            await self._branches.delete(made.name)
-        return dataclasses.replace(build, elapsed_seconds=self._clock.monotonic() - began)
+            if self._branches.registry.find(made.name) is not None:
+                await self._branches.delete(made.name)
+
+    async def _from_base(self, history: History, target: Target, misfit: FormatError) -> Target:
+        """The same moment, reached from the newest base backup; raises CheckFailed where that is no way on.
+
+        It is one where a single snapshot is of no use. Where already the first one on a base backup is, all of them may
+        be: then each build would replay everything, for nothing.
+        """
+        parents = {snapshot.id: snapshot.parent for snapshot in history.state.snapshots}
+        kinds = {snapshot.id: snapshot.kind for snapshot in history.state.snapshots}
+        parent = parents.get(target.snapshot.id)
+        if target.snapshot.kind != BUILT or (parent is not None and kinds.get(parent, BUILT) != BUILT):
+            raise CheckFailed(
+                f"replay cannot begin at snapshot {target.snapshot.id}: {misfit.message}",
+                hint="branches replay from the base backup instead; `tl backup` makes a new one to build on",
+            ) from misfit
+        return await history.resolve(AtLsn(target.lsn), tli=target.tli, stock=True)
 
     async def _choose(self, history: History, head: Target) -> Lsn | None:
         """The last place for a redo point within one step of the newest snapshot, and above it.
@@ -220,7 +256,8 @@ class _Builder:
         to its end, or right behind a fork. It would end there every time.
         """
         reach = head.snapshot.lsn
-        step = min(STEP_BYTES, max(SPACING_BYTES, (head.lsn - reach) // BACKLOG_PART))
+        stand = Stand(reach, head.lsn)
+        step, self._before = step_bytes(stand, self._before), stand
         while reach < head.last_record:
             reach = Lsn(min(head.last_record, reach + step))
             lsn = await self._last_place(history, head, reach)
@@ -271,7 +308,9 @@ class _Builder:
             fetcher = Fetcher(self._store, cache, self._clock, threads, counters)
             try:
                 source = ExtentSource(parent, fetcher)
-                storing = _Storing(self._store, store_id, threads, overlay, source, listing, target, began)
+                storing = _Storing(
+                    self._store, store_id, threads, overlay, source, listing, target, began, self._rules
+                )
                 return await storing.run(self._log(), self._clock)
             finally:
                 await fetcher.aclose()
@@ -294,8 +333,10 @@ class _Storing:
         listing: FileListing,
         target: Target,
         began: int,
+        rules: Sequence[Rule],
     ) -> None:
         """``began``: number of the log entry that the target was found in."""
+        self._rules = rules
         self._store = store
         self._began = began
         self._store_id = store_id
@@ -365,7 +406,7 @@ class _Storing:
             raise Unavailable(f"the snapshot took too long: {error.message}", hint=error.hint) from error
         except LogConflict as error:
             return dataclasses.replace(build, snapshot=None, reason=str(error))
-        if dropped := superfluous(newest.state.snapshots):
+        if dropped := superfluous(newest.state.snapshots, self._rules):
             # Another builder that thins at the same moment drops the same ones.
             with contextlib.suppress(LogConflict):
                 await log.append(DropSnapshots(dropped))

@@ -35,6 +35,8 @@ from restore.wal_creates import find_creates, has_path
 from timeline.clock import Clock
 from timeline.errors import CheckFailed, TimelineError
 from timeline.lsn import Lsn
+from timeline.pg.control import CONTROL_FILE, parse_control
+from timeline.pg.errors import FormatError
 from timeline.pg.redo_point import redo_point_patches, segment_header
 from timeline.pg.wal_machine import PAGE_BYTES
 from timeline.pg.wal_patch import blank_tablespace_creates, read_record
@@ -200,6 +202,7 @@ class _SegmentWriter:
     record may begin in the one and end in the other."""
 
     def __init__(self, plan: BranchPlan, directory: Path, host: Host, creates: Sequence[Lsn]) -> None:
+        self._incarnation = plan.incarnation
         self._bytes = plan.incarnation.segment_bytes
         self._directory = directory
         self._host = host
@@ -243,6 +246,7 @@ class _SegmentWriter:
     def plant(self, segment: SegmentFile, point: RedoPoint, control: bytes) -> None:
         """Put the checkpoint that ``control`` names into the finished first segment; raises WalFormatError,
         FormatError when they do not fit."""
+        self._check_control(point, control)
         with open(self._temporary(segment), "r+b") as file:
             file.seek(point.page - segment.start)
             wal = bytearray(file.read())
@@ -255,6 +259,16 @@ class _SegmentWriter:
             for patch in patches:
                 file.seek(patch.at - segment.start)
                 file.write(patch.data)
+
+    def _check_control(self, point: RedoPoint, control: bytes) -> None:
+        """It was made for this very point, of this very cluster."""
+        found = parse_control(control)
+        if found.system_identifier != self._incarnation.system_identifier:
+            raise FormatError(
+                CONTROL_FILE, 0, f"expected one of system {self._incarnation.system_identifier}"
+            )
+        if (found.min_recovery_point, found.checkpoint.tli) != (point.lsn, point.tli):
+            raise FormatError(CONTROL_FILE, 0, f"expected one made for {point.lsn} of tli {point.tli}")
 
     def close(self) -> None:
         """Close what is open; unfinished files stay under their temporary names."""

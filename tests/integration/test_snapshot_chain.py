@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import aclosing
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -16,16 +14,12 @@ import psycopg
 import pytest
 
 from restore import snapshot_build
-from restore.branch_request import StoreAddress
-from restore.host import find_host
-from restore.snapshot_build import build_snapshots
 from tests.fix_postgres import MAJORS
 from tests.support.clones import Clones, clones, next_tli, promote, wait_for
 from tests.support.postgres import PostgresServer, scratch
 from tests.support.restored import recover_copy
 from tests.support.snapshot_place import Place, state_of, unexpected_pages
 from tests.support.workload import prepare, server_digest, steps
-from timeline.clock import SystemClock
 from timeline.format.branch_state import Snapshot
 
 pytestmark = [pytest.mark.fuse, pytest.mark.slow, pytest.mark.majors]
@@ -331,7 +325,7 @@ def test_steps_of_one_build_lead_over_a_fork(
 ) -> None:
     """P6, P9, EDGE 15, 26: a long way is taken in steps. Some end below forks that lie behind the source; the first
     ones end in the segment that the base backup switched, which is empty from there on, and build nothing."""
-    monkeypatch.setattr(snapshot_build, "STEP_BYTES", 1 << 20)
+    monkeypatch.setattr(snapshot_build, "step_bytes", lambda *_: 1 << 20)
     server = make_postgres(major, settings=SETTINGS)
     prepare(server)
     unrest = Unrest(seed=2)
@@ -345,7 +339,7 @@ def test_steps_of_one_build_lead_over_a_fork(
                 next_tli(server)
         unrest.settle(server)
         place.archive()
-        built = asyncio.run(build_all(place))
+        built = place.build()
         assert [snapshot.id for snapshot in place.built()] == [snapshot.id for snapshot in built]
         assert all(two.parent == one.id for one, two in pairwise(built))
         assert {snapshot.tli for snapshot in built} == {1, 2, 3}
@@ -356,11 +350,3 @@ def test_steps_of_one_build_lead_over_a_fork(
         branch = place.host.tl("branch", "x")
         assert branch["replayed_bytes"] < 1 << 20
         assert_same_content(server, branch["dsn"])
-
-
-async def build_all(place: Place) -> list[Snapshot]:
-    """As ``tl snapshot``, in this process."""
-    environ = place.host.environment
-    builds = build_snapshots(StoreAddress(place.host.store), find_host(environ), SystemClock(), environ)
-    async with aclosing(builds):
-        return [build.snapshot async for build in builds if build.snapshot is not None]

@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+from collections.abc import Sequence
+from contextlib import aclosing
 from pathlib import Path
 
 import psycopg
 
+from restore.branch_request import StoreAddress
 from restore.eager import read_listing, write_files
 from restore.host import find_host
+from restore.snapshot_build import build_snapshots
 from tests.support.postgres import PostgresServer
 from tests.support.redo_points import differing_pages
 from tests.support.restored import stock_recovery
 from tests.support.tl_host import Host, make_host
 from timeline.catalog.branch_log import read_head
+from timeline.clock import SystemClock
 from timeline.format.branch_state import BUILT, BranchState, Snapshot
+from timeline.maintain.thin import RULES, Rule
 from timeline.store.open import open_store
 
 
@@ -74,6 +80,18 @@ class Place:
         """LSNs of what was built."""
         built: list[str] = [each["lsn"] for each in self.host.tl("snapshot")["snapshots"]]
         return built
+
+    def build(self, rules: Sequence[Rule] = RULES) -> list[Snapshot]:
+        """As ``tl snapshot``, in this process."""
+        environ = self.host.environment
+
+        async def run() -> list[Snapshot]:
+            address = StoreAddress(self.host.store)
+            builds = build_snapshots(address, find_host(environ), SystemClock(), environ, rules=rules)
+            async with aclosing(builds):
+                return [build.snapshot async for build in builds if build.snapshot is not None]
+
+        return asyncio.run(run())
 
     def value(self, dsn: str, query: str) -> str:
         with psycopg.connect(dsn) as conn:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-from cli.snapshot_schedule import IDLE_SECONDS, LONGEST_PAUSE_SECONDS, Pace, last_lines, said_by
+from cli.snapshot_schedule import DEFAULT_AFTER_SECONDS, LONGEST_PAUSE_SECONDS, Pace, last_lines, said_by
 from timeline.lsn import Lsn
 
 MIB = 1 << 20
 
 
 def pace(*, built_at: float = 1000.0, not_before: float = 0.0) -> Pace:
-    return Pace(64 * MIB, Lsn(100 * MIB), built_at, not_before)
+    return Pace(64 * MIB, DEFAULT_AFTER_SECONDS, Lsn(100 * MIB), built_at, not_before)
 
 
 def test_enough_wal_is_due_at_once() -> None:
@@ -20,7 +20,7 @@ def test_enough_wal_is_due_at_once() -> None:
 
 
 def test_a_little_wal_is_due_after_a_while_and_none_never_is() -> None:
-    later = 1000.0 + IDLE_SECONDS
+    later = 1000.0 + DEFAULT_AFTER_SECONDS
     assert pace().is_due(Lsn(104 * MIB), later)
     assert not pace().is_due(Lsn(104 * MIB), later - 1)
     assert not pace().is_due(Lsn(104 * MIB - 1), later + 1e6)

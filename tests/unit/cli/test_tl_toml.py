@@ -99,7 +99,7 @@ def test_what_runs_follows_from_it() -> None:
         '[daemon]\nexpire = "off"\n'
         '[cluster.a]\nstore = "file:///a"\nsource = "host=x"\n'
         '[cluster.a.archive]\nslot = "mine"\nallow_gap = true\nrate_limit = "5MB"\nstandbys = ["host=y"]\nmax_delay = "200ms"\n'
-        '[cluster.a.snapshots]\nevery = "96MiB"\nschedule = "6h"\n'
+        '[cluster.a.snapshots]\nevery = "96MiB"\nafter = "2m"\nschedule = "6h"\n'
         '[cluster.a.backup]\nschedule = "0 1 * * 0"\n'
         '[cluster.a.retention]\ngrace = "36h"\n'
         '[cluster.a.drill]\nschedule = "1d"\nat = "random"\nrto = "1m"\nsql = ["select true"]\nfull = true\n'
@@ -108,6 +108,7 @@ def test_what_runs_follows_from_it() -> None:
     assert host_jobs(document.daemon) == ()
     assert archive_arguments(cluster) == (
         *("archive", "--cluster", "a", "--json-status", "1", "--max-delay", "0.2", "--snapshot-every", "96"),
+        *("--snapshot-after", "120"),
         *("--application-name", "tl", "--slot", "mine", "--allow-gap", "--rate-limit", "5242880"),
         *("--standby", "host=y"),
     )
