@@ -35,6 +35,7 @@ _FAILURE_LOG_BYTES = 64 << 10
 _LOCK_FILE_BYTES = 8192
 _STATUS_LINE = 7
 _FAILURE = re.compile(r"(?:FATAL|PANIC):  (.*)")
+_LOSS = re.compile(r"LOG:  (.* was terminated by signal .*)")
 _BEGAN_ANEW = b"all server processes terminated; reinitializing"
 """src/backend/postmaster/postmaster.c"""
 _DETAIL = re.compile(r"(?:DETAIL|HINT|CONTEXT):  (.*)")
@@ -263,7 +264,7 @@ class _Again:
 
 
 def _explain(instance: Instance, log_offset: int, code: int) -> TimelineError:
-    """Why it ended, in its own words: the first FATAL or PANIC of this start, with its hint."""
+    """Why it ended, in its own words: the first FATAL or PANIC of this start, with its hint, or the process it lost."""
     with instance.log.open("rb") as log:
         log.seek(log_offset)
         lines = log.read(_FAILURE_LOG_BYTES).decode(errors="replace").splitlines()
@@ -277,7 +278,8 @@ def _explain(instance: Instance, log_offset: int, code: int) -> TimelineError:
             f"Postgres could not start: {failure[1]}" + (f" ({more})" if more else ""),
             hint=f"its log is {instance.log}",
         )
-    last = lines[-1] if lines else "it said nothing"
+    lost = (_LOSS.search(line) for line in lines)
+    last = next((match[1] for match in lost if match), lines[-1] if lines else "it said nothing")
     return TimelineError(
         f"Postgres ended with {code} before it was ready: {last}", hint=f"its log is {instance.log}"
     )
