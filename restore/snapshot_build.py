@@ -201,14 +201,24 @@ class _Builder:
             return Build(None, f"no place for a redo point between {head.snapshot.end} and {head.lsn}")
         target = await history.resolve(AtLsn(lsn))
         try:
-            build = await self._replay(history, meta.store_id, target)
+            name = await self._replay(target)
         except FormatError as error:
             target = await self._from_base(history, target, error)
-            build = await self._replay(history, meta.store_id, target)
+            name = await self._replay(target)
+        try:
+            await self._branches.stop(name)
+            branch = self._branches.registry.get(name)
+            # Whoever deletes builders that were left finds this one alive.
+            with self._branches.registry.lock(branch):
+                branch = self._branches.registry.reread(branch)
+                build = await self._store_changes(history, meta.store_id, target, branch)
+        finally:
+            if self._branches.registry.find(name) is not None:
+                await self._branches.delete(name)
         return dataclasses.replace(build, elapsed_seconds=self._clock.monotonic() - began)
 
-    async def _replay(self, history: History, store_id: str, target: Target) -> Build:
-        """From the target's snapshot to its LSN; raises FormatError when replay cannot begin there."""
+    async def _replay(self, target: Target) -> str:
+        """From the target's snapshot to its LSN; the builder's name. Raises FormatError when replay cannot begin there."""
         request = BranchRequest(
             store=self._address,
             name=f"snapshot-{target.lsn:x}",
@@ -220,18 +230,7 @@ class _Builder:
             mode=LAZY,
             untouched=True,
         )
-        made = await self._branches.create(request)
-        try:
-            await self._branches.stop(made.name)
-            branch = self._branches.registry.get(made.name)
-            # Whoever deletes builders that were left finds this one alive.
-            with self._branches.registry.lock(branch):
-                return await self._store_changes(
-                    history, store_id, target, self._branches.registry.reread(branch)
-                )
-        finally:
-            if self._branches.registry.find(made.name) is not None:
-                await self._branches.delete(made.name)
+        return (await self._branches.create(request)).name
 
     async def _from_base(self, history: History, target: Target, misfit: FormatError) -> Target:
         """The same moment, reached from the newest base backup; raises CheckFailed where that is no way on.
@@ -239,12 +238,11 @@ class _Builder:
         It is one where a single snapshot is of no use. Where already the first one on a base backup is, all of them may
         be: then each build would replay everything, for nothing.
         """
-        parents = {snapshot.id: snapshot.parent for snapshot in history.state.snapshots}
-        kinds = {snapshot.id: snapshot.kind for snapshot in history.state.snapshots}
-        parent = parents.get(target.snapshot.id)
-        if target.snapshot.kind != BUILT or (parent is not None and kinds.get(parent, BUILT) != BUILT):
+        useless = target.snapshot
+        bases = {snapshot.id for snapshot in history.state.snapshots if snapshot.kind != BUILT}
+        if useless.id in bases or useless.parent in bases:
             raise CheckFailed(
-                f"replay cannot begin at snapshot {target.snapshot.id}: {misfit.message}",
+                f"replay cannot begin at snapshot {useless.id}: {misfit.message}",
                 hint="branches replay from the base backup instead; `tl backup` makes a new one to build on",
             ) from misfit
         return await history.resolve(AtLsn(target.lsn), tli=target.tli, stock=True)

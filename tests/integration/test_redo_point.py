@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 
 from tests.fix_postgres import MAJORS
-from tests.support.crossing_workload import prepare_crossing, run_crossing, run_promotion
+from tests.support.crossing_workload import (
+    OPEN_KINDS,
+    OpenSpan,
+    prepare_crossing,
+    run_crossing,
+    run_promotion,
+)
 from tests.support.postgres import PostgresServer
 from tests.support.redo_points import (
     Recording,
@@ -36,6 +42,24 @@ EACH = [
 SHARES = 6
 SPREAD = 60
 """Redo points beside those at every kind of record."""
+KINDS = frozenset(
+    """
+    Btree_DEDUP Btree_NEWROOT Btree_SPLIT_L Btree_SPLIT_R Btree_VACUUM CommitTs_ZEROPAGE Gin_DELETE_LISTPAGE
+    Gin_INSERT_LISTPAGE Gin_UPDATE_META_PAGE Gist_PAGE_UPDATE Hash_INSERT Heap2_MULTI_INSERT Heap2_NEW_CID Heap2_VISIBLE
+    Heap_DELETE Heap_HOT_UPDATE Heap_INPLACE Heap_INSERT Heap_LOCK MultiXact_CREATE_ID SPGist_PICKSPLIT Sequence_LOG
+    Standby_LOCK Storage_CREATE Transaction_ABORT Transaction_ASSIGNMENT Transaction_COMMIT Transaction_PREPARE XLOG_FPI
+    """.split()  # noqa: SIM905
+)
+"""A redo point is at one of each …"""
+RARE_KINDS = frozenset(
+    """
+    CLOG_TRUNCATE CLOG_ZEROPAGE CommitTs_TRUNCATE Database_CREATE_FILE_COPY Database_CREATE_WAL_LOG Database_DROP
+    Heap_TRUNCATE MultiXact_TRUNCATE_ID MultiXact_ZERO_MEM_PAGE MultiXact_ZERO_OFF_PAGE RelMap_UPDATE Standby_RUNNING_XACTS
+    Storage_TRUNCATE Tablespace_CREATE Transaction_ABORT_PREPARED Transaction_COMMIT_PREPARED XLOG_CHECKPOINT_ONLINE
+    XLOG_CHECKPOINT_SHUTDOWN XLOG_NEXTOID XLOG_PARAMETER_CHANGE XLOG_SWITCH
+    """.split()  # noqa: SIM905
+)
+"""… and of these, of which there are a few, wherever one lies at a place where a redo point can be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +125,9 @@ def verified(request: pytest.FixtureRequest) -> Iterator[Case]:
     it with its own, and ends at a difference."""
     major: int = request.param
 
-    def work(server: PostgresServer) -> None:
+    def work(server: PostgresServer) -> tuple[OpenSpan, ...]:
         server.sql("alter system set wal_consistency_checking = 'all'", "select pg_reload_conf()")
-        run_crossing(server)
+        return run_crossing(server)
 
     switches = [*_switches(major, checksums=True), "--wal-segsize=1"]
     with recorded(major, work, *switches, prepare=prepare_crossing) as recording:
@@ -166,9 +190,14 @@ def test_a_promoted_source(promoted: Case) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("share", range(SHARES))
 def test_redo_points_everywhere(case: Case, share: int) -> None:
-    """At a record of every kind that the workload wrote, and all over its WAL."""
+    """At a record of every kind that the workload wrote, inside every kind of open transaction, and all over its WAL."""
     points = case.recording.points(SPREAD, seed=case.recording.server.major)
-    assert len(points) >= SPREAD + 60, [kind for kind, _ in points]
+    kinds = {kind.replace(" ", "_") for kind, _ in points}
+    assert len(points) >= SPREAD + 60, kinds
+    wanted = {*KINDS, *(f"in:_{kind.replace(' ', '_')}" for kind in OPEN_KINDS)}
+    assert wanted <= kinds, wanted - kinds
+    written = {record.kind.replace(" ", "_") for record in case.recording.records}
+    assert written >= RARE_KINDS, RARE_KINDS - written
     for kind, begin in points[share::SHARES]:
         case.check(kind, begin)
 

@@ -206,9 +206,9 @@ def test_builders_and_their_servers_killed_at_random(make_place: Callable[[int],
         pid = child.pid
         if victim == "server":
             pid = _server_of(build, child)
-            time.sleep(chance.uniform(0.0, 0.7))
+            time.sleep(chance.uniform(0.0, 0.3))
         else:
-            time.sleep(chance.uniform(0.5, 4.0))
+            time.sleep(chance.uniform(0.3, 2.0))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         child.communicate(timeout=120)

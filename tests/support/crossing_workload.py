@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import dataclass
 
 import psycopg
 
 from tests.support.clones import next_tli
 from tests.support.postgres import PostgresServer
 from tests.support.workload import prepare, steps
+from timeline.lsn import Lsn
 
 SETTINGS = {
     "allow_in_place_tablespaces": "on",
@@ -38,6 +40,19 @@ end $$
 """
 
 Connection = psycopg.Connection[tuple[object, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSpan:
+    """WAL through which a transaction of some kind was open; to its end if it never ended."""
+
+    kind: str
+    begin: Lsn
+    """It had written by then."""
+    end: Lsn
+
+
+OPEN_KINDS = ("subtransactions", "rolled back", "never ended", "DDL", "multixacts", "prepared")
 
 
 def near_the_end_of_segments(server: PostgresServer) -> None:
@@ -66,7 +81,7 @@ def prepare_crossing(server: PostgresServer) -> None:
     )
 
 
-def run_crossing(server: PostgresServer) -> None:
+def run_crossing(server: PostgresServer) -> tuple[OpenSpan, ...]:
     """Everything; at the end some transactions are prepared, and some were still open when the server stopped.
 
     The server is restarted twice, for changes of parameters (EDGE 59), and stopped at once at the end.
@@ -88,9 +103,10 @@ def run_crossing(server: PostgresServer) -> None:
             step()
         crossing.end()
         stop_at_the_end(server)
+        return tuple(crossing.spans)
 
 
-def run_promotion(server: PostgresServer) -> None:
+def run_promotion(server: PostgresServer) -> tuple[OpenSpan, ...]:
     """Work on tli 1, with a transaction prepared; the server goes on as tli 2 in the middle of a page, and of it."""
     server.sql("insert into crossing select i, 'on tli 1' from generate_series(1, 3000) i")
     with server.connect() as conn:
@@ -104,6 +120,7 @@ def run_promotion(server: PostgresServer) -> None:
         "insert into locked select i, 'on tli 2' from generate_series(8000, 9000) i",
     )
     stop_at_the_end(server)
+    return ()
 
 
 def stop_at_the_end(server: PostgresServer) -> None:
@@ -127,6 +144,8 @@ class _Crossing:
         self._writer, self._aborter, self._ddl, self._endless = (session() for _ in range(4))
         self._lockers = (session(), session())
         self._prepared = 0
+        self.spans: list[OpenSpan] = []
+        self._since: dict[str, Lsn] = {}
 
     def go_on(self, number: int) -> None:
         """Between two steps."""
@@ -151,9 +170,11 @@ class _Crossing:
             )
             other.execute("insert into lost values (%s)", (2000 + number,))
             other.execute("select nextval('ticket')")
+        self._are_open(*OPEN_KINDS[:5])
         if number % 4 == 1:
             self._prepare()
         if number % 4 == 3:
+            self._end_now("subtransactions", "rolled back", "DDL", "multixacts")
             for connection in (self._writer, two, *((self._ddl, one) if number % 8 == 3 else ())):
                 connection.commit()
             for connection in (self._aborter, self._ddl, one):
@@ -165,6 +186,8 @@ class _Crossing:
 
     def end(self) -> None:
         """Half of what is prepared is ended; the sessions stay as they are."""
+        self._end_now(*(kind for kind in self._since if kind.startswith("prepared")))
+        self._end_now(*self._since)
         for gid in range(0, self._prepared, 2):
             self._server.sql(f"{'commit' if gid % 4 else 'rollback'} prepared 'crossing-{gid}'")
 
@@ -181,7 +204,23 @@ class _Crossing:
                 f"select 1 from locked where id between {3501 + self._prepared} and 3520 for key share"
             )
             conn.execute(f"prepare transaction 'crossing-{self._prepared}'")
+        self._are_open(f"prepared {self._prepared}")
         self._prepared += 1
+
+    def _are_open(self, *kinds: str) -> None:
+        here = self._position()
+        for kind in kinds:
+            self._since.setdefault(kind, here)
+
+    def _end_now(self, *kinds: str) -> None:
+        here = self._position()
+        self.spans += [
+            OpenSpan(kind.split(" ")[0] if kind.startswith("prepared") else kind, self._since.pop(kind), here)
+            for kind in kinds
+        ]
+
+    def _position(self) -> Lsn:
+        return Lsn.parse(self._server.value("select pg_current_wal_insert_lsn()"))
 
     def _shrink(self) -> None:
         self._server.sql(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.crossing_workload import SETTINGS, THE_END, near_the_end_of_segments
+from tests.support.crossing_workload import OPEN_KINDS, SETTINGS, THE_END, OpenSpan, near_the_end_of_segments
 from tests.support.postgres import PostgresServer, scratch
 from tests.support.wal_workload import hand_over, read_wal
 from tests.support.waldump import DumpedRecord, dump_wal
@@ -83,6 +83,8 @@ class Recording:
     """The line of history, oldest tli first."""
     hints: bool
     """Whether changes of hints are logged, for checksums' sake or because of wal_log_hints."""
+    open: tuple[OpenSpan, ...]
+    """What was in progress, and where."""
 
     def candidates(self) -> dict[str, list[DumpedRecord]]:
         """Where a redo point can be, by what the record there does: resource manager and operation."""
@@ -95,12 +97,12 @@ class Recording:
                 tli_start=self.span_of(place).begin,
                 segment_bytes=self.segment_bytes,
             ):
-                operation = record.text.split(" ", 1)[0].rstrip(":")
-                found.setdefault(f"{record.rmgr} {operation}", []).append(record)
+                found.setdefault(record.kind, []).append(record)
         return found
 
     def points(self, spread: int, seed: int) -> list[tuple[str, Lsn]]:
-        """One redo point at a record of every kind, and ``spread`` more evenly over the WAL."""
+        """One redo point at a record of every kind, one inside each kind of open transaction, and ``spread`` more evenly
+        over the WAL."""
         chance = random.Random(seed)
         candidates = self.candidates()
         chosen = [(kind, chance.choice(records)) for kind, records in sorted(candidates.items())]
@@ -108,6 +110,10 @@ class Recording:
             ((kind, record) for kind, records in candidates.items() for record in records),
             key=lambda pair: pair[1].start,
         )
+        for kind in OPEN_KINDS if self.open else ():
+            span = chance.choice([span for span in self.open if span.kind == kind])
+            inside = [record for _, record in everywhere if span.begin <= record.start < span.end]
+            chosen.append((f"in: {kind}", chance.choice(inside)))
         chosen += [everywhere[len(everywhere) * n // spread] for n in range(spread)]
         return [(kind, Lsn(record.start)) for kind, record in chosen]
 
@@ -146,7 +152,7 @@ class Recording:
 @contextlib.contextmanager
 def recorded(
     major: int,
-    work: Callable[[PostgresServer], None],
+    work: Callable[[PostgresServer], tuple[OpenSpan, ...]],
     *initdb: str,
     prepare: Callable[[PostgresServer], None],
 ) -> Iterator[Recording]:
@@ -165,14 +171,14 @@ def recorded(
         connection = ("-h", str(server.sockets), "-p", str(server.port), "-U", "postgres")
         backup = ("-D", str(place / "backup"), "-c", "fast", "-X", "none", "--no-manifest")
         server.tool("pg_basebackup", *backup, *connection)
-        work(server)
-        yield _read_recording(server, place)
+        spans = work(server)
+        yield _read_recording(server, place, spans)
     finally:
         server.stop("immediate")
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _read_recording(server: PostgresServer, place: Path) -> Recording:
+def _read_recording(server: PostgresServer, place: Path, spans_open: tuple[OpenSpan, ...]) -> Recording:
     backup, wal = place / "backup", server.data / "pg_wal"
     label = parse_backup_label((backup / "backup_label").read_text())
     control = parse_control((server.data / CONTROL_FILE).read_bytes())
@@ -207,6 +213,7 @@ def _read_recording(server: PostgresServer, place: Path) -> Recording:
         segment_bytes=segment_bytes,
         spans=spans,
         hints=control.data_checksums or control.wal_log_hints,
+        open=spans_open,
     )
 
 

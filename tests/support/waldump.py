@@ -53,6 +53,11 @@ class DumpedRecord:
     blocks: tuple[DumpedBlock, ...]
 
     @property
+    def kind(self) -> str:
+        """Resource manager and operation."""
+        return f"{self.rmgr} {self.text.split(' ', 1)[0].rstrip(':')}"
+
+    @property
     def transaction_end(self) -> tuple[int, int, int] | None:
         """Micros, top-level xid and kind (as COMMIT_DTYPE) of a record that ends a transaction."""
         match = _ENDED.match(self.text) if self.rmgr == "Transaction" else None
