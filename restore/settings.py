@@ -57,6 +57,9 @@ _REACHES_OUT = (
 
 _LOCALES = ("lc_messages", "lc_monetary", "lc_numeric", "lc_time")
 
+_ORIGINS = 256
+"""Of the limits only this one is not in WAL: the source may have more by now than at its base backup. 64 bytes each, and up to
+Postgres 17 a slot's besides."""
 _WORKERLESS_LIBRARIES = frozenset(
     """
     anon auth_delay auto_explain passwordcheck pg_hint_plan pg_qualstats pg_stat_kcache pg_stat_statements
@@ -189,7 +192,9 @@ def _fixed(major: int) -> dict[str, str]:
 
 def _bounded(major: int, told: dict[str, str], bounds: Parameters) -> dict[str, str]:
     """Limits that replay may need: too low ones end it."""
-    origins = max(10, _number(told, "max_replication_slots"), _number(told, "max_active_replication_origins"))
+    origins = max(
+        _ORIGINS, _number(told, "max_replication_slots"), _number(told, "max_active_replication_origins")
+    )
     bounded = {
         "wal_level": _WAL_LEVELS[max(1, bounds.wal_level)],
         "wal_log_hints": _switch(bounds.wal_log_hints),

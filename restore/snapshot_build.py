@@ -62,7 +62,7 @@ from timeline.catalog.when import AtLsn, Latest
 from timeline.clock import Clock
 from timeline.errors import CheckFailed, LogConflict, Superseded, Unavailable, UsageError
 from timeline.format import keys
-from timeline.format.branch_state import BUILT, Snapshot, Tablespace
+from timeline.format.branch_state import BUILT, BranchState, Snapshot, Tablespace
 from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS
 from timeline.format.file_listing import FileListing, read_file_listing, write_file_listing
 from timeline.format.log_change import AddSnapshot, DropSnapshots
@@ -84,7 +84,7 @@ _LOOKS_BYTES = (64 << 10, 1 << 20, 16 << 20)
 _PACK_BYTES = 16 << 20
 _THREADS = 2
 _LIFE_SECONDS = 3600.0
-"""A builder that was killed is deleted after so long, or by the next build."""
+"""A builder that was killed is deleted by the next build on its host, or after so long, if it had come to be a branch."""
 _TURN_SECONDS = 0.2
 """Between two looks whether it is our turn."""
 _READ_BYTES = 128 << 10
@@ -394,12 +394,14 @@ class _Storing:
 
     async def _commit(self, log: BranchLog, build: Build, snapshot: Snapshot) -> Build:
         """Unless somebody else has one of this line that is as new."""
-        head = await log.load()
-        known = head.state.snapshots if head is not None else ()
-        if any(one.kind == BUILT and one.tli == snapshot.tli and one.lsn >= snapshot.lsn for one in known):
-            return dataclasses.replace(build, snapshot=None, reason="another builder was faster")
+
+        def check(state: BranchState) -> None:
+            on_tli = (one for one in state.snapshots if one.kind == BUILT and one.tli == snapshot.tli)
+            if any(one.lsn >= snapshot.lsn for one in on_tli):
+                raise LogConflict("another builder was faster")
+
         try:
-            newest = await log.append(AddSnapshot(snapshot, self._began))
+            newest = await log.append(AddSnapshot(snapshot, self._began), check=check)
         except Superseded as error:
             raise Unavailable(f"the snapshot took too long: {error.message}", hint=error.hint) from error
         except LogConflict as error:

@@ -26,6 +26,7 @@ from timeline.errors import CheckFailed
 from timeline.format.branch_state import BUILT
 from timeline.lsn import Lsn
 from timeline.maintain.thin import Rule
+from timeline.pg.control import CONTROL_FILE, parse_control
 from timeline.pg.errors import WalFormatError
 
 
@@ -229,3 +230,32 @@ def test_what_cannot_be_trusted_is_not_committed(
 
 def _refuse(*_: object, **__: object) -> None:
     raise WalFormatError(Lsn(0), "expected something else")
+
+
+@pytest.mark.fuse
+@pytest.mark.majors
+@pytest.mark.parametrize("major", MAJORS)
+def test_the_sources_settings_as_of_the_redo_point(make_place: Callable[[int], Place], major: int) -> None:
+    """EDGE 59: neither the base backup's nor the builder's own; EDGE 61: a long copy in what is replayed is told."""
+    place = make_place(major)
+    server = place.server
+    server.sql("create table t as select generate_series(1, 1000) i")
+    place.archive()
+    for connections, images, hints in (("77", "off", "on"), ("55", "on", "off")):
+        server.stop()
+        server.configure({"max_connections": connections, "full_page_writes": images, "wal_log_hints": hints})
+        server.start()
+        server.sql("insert into t select generate_series(1, 1000) i", "checkpoint", "update t set i = i + 1")
+        place.archive()
+        assert place.snapshot()
+    for built, told in zip(place.built(), ((77, False, True), (55, True, False)), strict=True):
+        image = place.image(built)
+        control = parse_control((image / CONTROL_FILE).read_bytes())
+        assert (control.max_connections, control.checkpoint.full_page_writes, control.wal_log_hints) == told
+        unexpected, _ = unexpected_pages(place.recovered(built), image, hints=major >= 18 or told[2])
+        assert unexpected == []
+    server.sql("create database copied strategy = 'file_copy'")
+    place.archive()
+    branch = place.host.tl("branch", "x")
+    assert any("copied file by file" in warning for warning in branch["warnings"])
+    assert place.value(branch["dsn"], "select count(*) || ' ' || sum(i) from t") == "3000 1504500"

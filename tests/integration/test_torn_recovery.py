@@ -13,6 +13,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from tests.fix_postgres import MAJORS
 from tests.support.postgres import PostgresServer, scratch
 from tests.support.snapshot_place import Place
 from tests.support.tl_host import TL
@@ -30,9 +31,9 @@ SETTINGS = {
 }
 
 
-@pytest.fixture
-def place(make_postgres: Callable[..., PostgresServer]) -> Iterator[Place]:
-    found = Place(make_postgres(15, settings=SETTINGS), scratch("tl-torn-"))
+@pytest.fixture(params=MAJORS, ids=lambda major: f"pg{major}")
+def place(request: pytest.FixtureRequest, make_postgres: Callable[..., PostgresServer]) -> Iterator[Place]:
+    found = Place(make_postgres(request.param, settings=SETTINGS), scratch("tl-torn-"))
     yield found
     found.close()
 
@@ -66,6 +67,7 @@ def tear(pages: list[tuple[Path, int]]) -> int:
 
 
 @pytest.mark.fuse
+@pytest.mark.majors
 @pytest.mark.parametrize("moment", [pytest.param("recovering", marks=pytest.mark.slow), "writing"])
 def test_what_was_torn_in_the_first_recovery_is_made_again(place: Place, moment: str) -> None:
     """Pages torn by ``kill -9`` of maker, server and mount have no full-page image in WAL that could mend them:

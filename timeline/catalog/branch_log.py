@@ -15,7 +15,7 @@ never part of the log; ``_stands_in`` tells which by replaying the entries since
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from functools import reduce
 
@@ -106,10 +106,13 @@ class BranchLog:
         self._known = await read_head(self._store, self.branch, known=self._known)
         return self._known
 
-    async def append(self, change: Change, *, epoch: int = 0) -> LogHead:
+    async def append(
+        self, change: Change, *, epoch: int = 0, check: Callable[[BranchState], None] | None = None
+    ) -> LogHead:
         """Commit a change; the newest head, which includes it and perhaps later changes of others.
 
-        ``epoch``: the archiver's own, 0 for everybody else (P4). Raises Fenced when the branch has a higher
+        ``epoch``: the archiver's own, 0 for everybody else (P4). ``check``: is given the very state that the change is made
+        to, and raises whatever shall stop it. Raises Fenced when the branch has a higher
         one, LogConflict when the change does not fit the state (any more), Unavailable after ATTEMPTS lost
         races.
         """
@@ -117,6 +120,8 @@ class BranchLog:
             head = await self.load()
             state = head.state if head is not None else BranchState.empty(self.branch)
             _check_epoch(state, change, epoch)
+            if check is not None:
+                check(state)
             entry = LogEntry(
                 number=head.number + 1 if head is not None else 0,
                 branch=self.branch,

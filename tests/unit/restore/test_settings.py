@@ -73,15 +73,20 @@ def test_nothing_of_the_source_that_reaches_out_survives(major: int) -> None:
 
 
 def test_limits_come_from_the_control_file() -> None:
-    made = make(18, max_connections="5", max_prepared_transactions="0", max_replication_slots="64")
+    made = make(18, max_connections="5", max_prepared_transactions="0", max_replication_slots="300")
     assert made.value("max_connections") == "731"
     assert made.value("max_prepared_transactions") == "42"
     assert made.value("max_wal_senders") == "10"
     assert made.value("track_commit_timestamp") == "on"
     assert made.value("wal_log_hints") == "on"
-    assert made.value("max_replication_slots") == "64"
-    assert made.value("max_active_replication_origins") == "64"
+    assert made.value("max_replication_slots") == "300"
+    assert made.value("max_active_replication_origins") == "300"
     assert make(17).value("max_active_replication_origins") is None
+
+
+def test_origins_that_came_after_the_base_backup_have_room() -> None:
+    """Their number is in no WAL, and replay ends where it finds no room for one."""
+    assert make(17, max_replication_slots="5").value("max_replication_slots") == "256"
 
 
 def test_wal_level_is_never_minimal() -> None:
