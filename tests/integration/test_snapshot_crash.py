@@ -93,7 +93,8 @@ def _kill_a_checkpointer(state: Path, child: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while True:
         assert child.poll() is None and time.monotonic() < deadline
-        for path in state.glob("**/data/postmaster.pid"):
+        files = "branches/*/data/postmaster.pid"
+        for path in [*state.glob(files), *state.glob(f"build/{files}")]:
             with contextlib.suppress(OSError, ValueError):
                 for pid, _ in children(int(path.read_text().split("\n")[0])):
                     if "checkpointer" in Path(f"/proc/{pid}/cmdline").read_text():
