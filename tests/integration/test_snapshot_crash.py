@@ -215,8 +215,10 @@ def test_builders_and_their_servers_killed_at_random(make_place: Callable[[int],
         child.communicate(timeout=120)
         if child.returncode != 0:
             interrupted[victim] += 1
-            assert state_of(place.host.store).snapshots == before
-            assert len(place.snapshot()) == 1
+            left = state_of(place.host.store).snapshots
+            # A builder may also die with its work committed.
+            assert left[: len(before)] == before
+            assert len(place.snapshot()) == 1 - (len(left) - len(before))
         place.host.tl("verify", "--data")
         assert os.listdir(build / "branches") == []
         last = state_of(place.host.store).snapshots[-1]
