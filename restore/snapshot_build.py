@@ -132,6 +132,8 @@ async def build_snapshots(
         raise UsageError(f"snapshots are built on a lazy mount: {obstacle}")
     async with _turn(workshop, clock, wait_seconds):
         branches = HostBranches(workshop, clock, environ)
+        # Whatever a killed builder left goes now, also where there is nothing to build.
+        await branches.sweep()
         for left in branches.list():
             await branches.delete(left.branch.name)
         store = await open_store(
