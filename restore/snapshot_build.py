@@ -57,6 +57,7 @@ from timeline.catalog.branch_log import BranchLog
 from timeline.catalog.history import History
 from timeline.catalog.line import Span, incarnation_at
 from timeline.catalog.meta import read_meta
+from timeline.catalog.parallel import in_order
 from timeline.catalog.target import Target
 from timeline.catalog.when import AtLsn, Latest
 from timeline.clock import Clock
@@ -88,6 +89,8 @@ _LIFE_SECONDS = 3600.0
 _TURN_SECONDS = 0.2
 """Between two looks whether it is our turn."""
 _READ_BYTES = 128 << 10
+_GROUPS_AHEAD = 32
+"""So many groups of 128 KiB are read at once: where all of one is stored anew, most of it comes from the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,21 +507,37 @@ class _Storing:
             if not file.whole and file.shown is not None:
                 row = dataclasses.replace(row, born=file.shown.born)
             self._rows.append(row)
-            for group, runs in groupby(changed_runs(fd, file), key=itemgetter(0)):
-                if (file.path, group) in places:
-                    continue
-                for first, count in await self._runs_to_store(
-                    file, group, [(run[1], run[2]) for run in runs]
-                ):
+
+            async def of_changes(item: tuple[int, list[tuple[int, int]]]) -> list[Group]:
+                group, runs = item
+                found = []
+                for first, count in await self._runs_to_store(file, group, runs):
                     at = (group * GROUP_BLOCKS + first) * BLOCK_BYTES
                     raw = await opened.read(at, count * BLOCK_BYTES)
-                    await self._put(writer, Group(file.path, group, raw, UNKNOWN, None, None, first))
-            for (path, group), database in places.items():
-                if path == file.path:
-                    raw = await opened.read(group * _READ_BYTES, _READ_BYTES)
-                    await self._put(writer, Group(path, group, raw, UNKNOWN, None, database))
+                    found.append(Group(file.path, group, raw, UNKNOWN, None, None, first))
+                return found
+
+            async def of_boot_set(item: tuple[int, int]) -> list[Group]:
+                group, database = item
+                raw = await opened.read(group * _READ_BYTES, _READ_BYTES)
+                return [Group(file.path, group, raw, UNKNOWN, None, database)]
+
+            boot = {group: database for (path, group), database in places.items() if path == file.path}
+            changed = (
+                (group, [(first, count) for _, first, count in runs])
+                for group, runs in groupby(changed_runs(fd, file), key=itemgetter(0))
+                if group not in boot
+            )
+            await self._put_all(writer, in_order(changed, of_changes, limit=_GROUPS_AHEAD))
+            await self._put_all(writer, in_order(boot.items(), of_boot_set, limit=_GROUPS_AHEAD))
         finally:
             opened.close()
+
+    async def _put_all(self, writer: ExtentWriter, read: AsyncGenerator[list[Group], None]) -> None:
+        async with aclosing(read) as found:
+            async for groups in found:
+                for group in groups:
+                    await self._put(writer, group)
 
     async def _runs_to_store(
         self, file: ChangedFile, group: int, runs: list[tuple[int, int]]
