@@ -23,12 +23,13 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
+from typing import TypeVar
 
 import numpy as np
 
@@ -57,7 +58,7 @@ from timeline.catalog.branch_log import BranchLog
 from timeline.catalog.history import History
 from timeline.catalog.line import Span, incarnation_at
 from timeline.catalog.meta import read_meta
-from timeline.catalog.parallel import in_order
+from timeline.catalog.parallel import in_order, in_parallel
 from timeline.catalog.target import Target
 from timeline.catalog.when import AtLsn, Latest
 from timeline.clock import Clock
@@ -82,6 +83,8 @@ from timeline.store.open import open_store
 
 _LOOKS_BYTES = (64 << 10, 1 << 20, 16 << 20)
 """How much WAL is searched for a redo point, one after the other."""
+_T = TypeVar("_T")
+
 _PACK_BYTES = 16 << 20
 _THREADS = 2
 _LIFE_SECONDS = 3600.0
@@ -89,7 +92,8 @@ _LIFE_SECONDS = 3600.0
 _TURN_SECONDS = 0.2
 """Between two looks whether it is our turn."""
 _READ_BYTES = 128 << 10
-_GROUPS_AHEAD = 32
+_BATCH_GROUPS = 32
+_BATCHES = 2
 """So many groups of 128 KiB are read at once: where all of one is stored anew, most of it comes from the store."""
 
 
@@ -528,16 +532,26 @@ class _Storing:
                 for group, runs in groupby(changed_runs(fd, file), key=itemgetter(0))
                 if group not in boot
             )
-            await self._put_all(writer, in_order(changed, of_changes, limit=_GROUPS_AHEAD))
-            await self._put_all(writer, in_order(boot.items(), of_boot_set, limit=_GROUPS_AHEAD))
+            await self._put_all(writer, changed, of_changes)
+            await self._put_all(writer, boot.items(), of_boot_set)
         finally:
             opened.close()
 
-    async def _put_all(self, writer: ExtentWriter, read: AsyncGenerator[list[Group], None]) -> None:
-        async with aclosing(read) as found:
-            async for groups in found:
-                for group in groups:
-                    await self._put(writer, group)
+    async def _put_all(
+        self, writer: ExtentWriter, items: Iterable[_T], read: Callable[[_T], Awaitable[list[Group]]]
+    ) -> None:
+        """Read many at once, and those of a batch in the same moment: neighbours then come in one request."""
+
+        async def read_batch(batch: list[_T]) -> list[list[Group]]:
+            return await in_parallel(batch, read, limit=_BATCH_GROUPS)
+
+        source = iter(items)
+        batches = iter(lambda: list(islice(source, _BATCH_GROUPS)), [])
+        async with aclosing(in_order(batches, read_batch, limit=_BATCHES)) as found:
+            async for batch in found:
+                for groups in batch:
+                    for group in groups:
+                        await self._put(writer, group)
 
     async def _runs_to_store(
         self, file: ChangedFile, group: int, runs: list[tuple[int, int]]
