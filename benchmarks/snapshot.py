@@ -62,6 +62,11 @@ class PeakMemory(threading.Thread):
         self.join()
         return self.bytes
 
+    def _is_served_by(self, agent: int) -> bool:
+        """Whether that agent forked one of ours."""
+        children = (Path("/proc") / str(agent) / "task" / str(agent) / "children").read_text().split()
+        return any(self._state in (Path("/proc") / child / "cmdline").read_bytes() for child in children)
+
     def _name_of(self, pid: str) -> str | None:
         """``None``: not one of ours. What a builder starts has the host's state directory in its environment; mounts have it in
         their title, which took the environment's place; an agent's title tells nothing."""
@@ -71,7 +76,7 @@ class PeakMemory(threading.Thread):
                 return None
             command = (process / "cmdline").read_bytes()
             told = self._state in (process / "environ").read_bytes() or self._state in command
-            if not told and not command.startswith(b"tl agent"):
+            if not told and not (command.startswith(b"tl agent") and self._is_served_by(int(pid))):
                 return None
         except OSError:
             return None

@@ -150,7 +150,7 @@ def resolve(
         raise UsageError(
             f"{path} configures several clusters", hint=f"choose with --cluster: {', '.join(known)}"
         )
-    if wanted and store is not None and chosen.store != store:
+    if wanted and store is not None and (chosen.store or "").rstrip("/") != store.rstrip("/"):
         raise UsageError("--store and --cluster name different stores")
     return replace(
         settings,

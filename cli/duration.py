@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 import click
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|d|w)?", re.IGNORECASE)
-_UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+from cli.quantities import parse_duration
 
 
 class Duration(click.ParamType[float]):
-    """Seconds, or ``90s``, ``30m``, ``2h``, ``7d``, ``2w``."""
+    """Seconds, or ``500ms``, ``90s``, ``30m``, ``2h``, ``7d``, ``2w``."""
 
     name = "duration"
 
@@ -19,7 +16,11 @@ class Duration(click.ParamType[float]):
         """Seconds."""
         if isinstance(value, float):
             return value
-        match = _DURATION.fullmatch(str(value).strip())
-        if match is None or float(match[1]) <= 0:
+        text = str(value).strip().lower()
+        try:
+            seconds = parse_duration(text if text[-1:].isalpha() else f"{text}s")
+        except ValueError:
+            seconds = 0.0
+        if seconds <= 0:
             self.fail(f"{value!r} is no duration; write 30m, 2h or 7d", param, ctx)
-        return float(match[1]) * _UNITS[(match[2] or "s").lower()]
+        return seconds

@@ -53,7 +53,7 @@ def archive_arguments(cluster: Cluster) -> tuple[str, ...] | None:
     arguments += ["--max-delay", f"{plan.max_delay_seconds:g}"]
     snapshots = cluster.operations.snapshots
     arguments += ["--snapshot-every", f"{snapshots.every_bytes / _MIB:g}"]
-    arguments += ["--snapshot-after", f"{snapshots.after_seconds:g}"]
+    arguments += ["--snapshot-after", write_duration(snapshots.after_seconds)]
     arguments += ["--application-name", plan.application_name]
     arguments += ["--slot", plan.slot] if plan.slot is not None else []
     for flag, wanted in (

@@ -13,7 +13,7 @@ import click
 
 from cli.config import Settings, store_options
 from cli.duration import Duration
-from cli.output import duration_text, emit_json, iso, say
+from cli.output import duration_text, emit_json, iso, say, warn
 from timeline.errors import Unavailable
 from timeline.ids import MAIN
 from timeline.size_text import size_text
@@ -34,6 +34,13 @@ NICENESS = 10
     help="Do nothing while less WAL than this lies beyond the newest snapshot.",
 )
 @click.option(
+    "--spacing",
+    "spacing_mib",
+    type=click.FloatRange(min=1),
+    metavar="MIB",
+    help="How much WAL lies between two, where more than one is to be built (64 to 512; default: tl.toml's `every`, or 64).",
+)
+@click.option(
     "--wait",
     "wait_seconds",
     type=Duration(),
@@ -42,7 +49,9 @@ NICENESS = 10
     help="Wait so long while another snapshot is being built on this host (default: not at all).",
 )
 @store_options
-def snapshot_command(*, settings: Settings, at_least_mib: float, wait_seconds: float) -> None:
+def snapshot_command(
+    *, settings: Settings, at_least_mib: float, spacing_mib: float | None, wait_seconds: float
+) -> None:
     """Build a snapshot of the newest moment in the store, from its WAL alone.
 
     A branch replays from the newest snapshot before its moment, so this bounds how long it takes. A server of
@@ -72,6 +81,9 @@ def snapshot_command(*, settings: Settings, at_least_mib: float, wait_seconds: f
             os.environ,
             at_least_bytes=max(1, int(at_least_mib * (1 << 20))),
             wait_seconds=wait_seconds,
+            spacing_bytes=int(spacing_mib * (1 << 20))
+            if spacing_mib
+            else settings.operations.snapshots.every_bytes,
             rules=rules_of_ages(
                 retention.keep_all_seconds, retention.hourly_seconds, retention.daily_seconds
             ),
@@ -82,12 +94,20 @@ def snapshot_command(*, settings: Settings, at_least_mib: float, wait_seconds: f
                 done.append(build)
                 if not settings.json and build.snapshot is not None:
                     say(_line(build))
+                warn(build.warnings)
         return done
 
     builds = asyncio.run(stoppable(run()))
     made = [build for build in builds if build.snapshot is not None]
     if settings.json:
-        emit_json({"snapshots": [_document(build) for build in made], "reason": builds[-1].reason})
+        warnings = [warning for build in builds for warning in build.warnings]
+        emit_json(
+            {
+                "snapshots": [_document(build) for build in made],
+                "reason": builds[-1].reason,
+                "warnings": warnings,
+            }
+        )
     elif not made:
         say(f"nothing to build: {builds[-1].reason}")
 

@@ -35,7 +35,8 @@ _DRAIN_SECONDS = 2.0
 _KEPT_BYTES = 8192
 _KEPT_LINES = 5
 _USAGE, _UNAVAILABLE = 2, 7
-_LEFT = "; they are left to another host (`tl snapshot` builds one), and tried here again every hour"
+_ELSEWHERE = "; it is tried again, at last every hour, and `tl snapshot` on another host builds them, too"
+"""Binaries or FUSE may come yet, and a mistake in tl.toml be mended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,39 +96,39 @@ class SnapshotSchedule:
                 continue
             code, said = await self._build()
             if code == 0:
+                if said not in ("", told):
+                    self._note(f"tl: snapshot: {said}")
+                    told = said
                 pace = pace.after(reached, began, self._clock.monotonic())
-                retry, told = RETRY_SECONDS, ""
+                retry, told = RETRY_SECONDS, said
                 continue
             if said != told:
-                self._note(f"tl: no snapshot: {said}" + (_LEFT if code == _USAGE else ""))
+                self._note(f"tl: no snapshot: {said}" + (_ELSEWHERE if code == _USAGE else ""))
                 told = said
             if code == _UNAVAILABLE:
                 # Most often another cluster's build, which this host does one at a time.
                 await self._clock.sleep(BUSY_SECONDS)
-                continue
-            if code == _USAGE:
-                # Binaries or FUSE may come yet.
-                await self._clock.sleep(LONGEST_RETRY_SECONDS)
                 continue
             await self._clock.sleep(retry)
             retry = min(retry * 2, LONGEST_RETRY_SECONDS)
 
     def command(self) -> tuple[str, ...]:
         """Arguments of one run."""
-        cluster = self._settings.cluster
         command = ["snapshot", "--json"]
-        # With the cluster's name come its rules for older snapshots.
-        command += ["--cluster", cluster] if cluster is not None else ["--store", self._settings.need_store()]
+        command += ["--store", self._settings.need_store()]
         for option, value in (
+            # With its name come its rules for older snapshots.
+            ("--cluster", self._settings.cluster),
             ("--endpoint-url", self._settings.endpoint_url),
             ("--region", self._settings.region),
         ):
             command += [option, value] if value is not None else []
-        command += ["--at-least", str(self._every_bytes / 16 / (1 << 20))]
+        every_mib = self._every_bytes / (1 << 20)
+        command += ["--at-least", str(every_mib / 16), "--spacing", str(max(1.0, every_mib))]
         return tuple(command)
 
     async def _build(self) -> tuple[int, str]:
-        """Exit code and error of one run."""
+        """Exit code of one run, and its error or, where there is none, what it warns of."""
         child = await asyncio.create_subprocess_exec(
             *own_command(*self.command()),
             stdin=asyncio.subprocess.DEVNULL,
@@ -148,7 +149,8 @@ class SnapshotSchedule:
             if not reading.done():
                 reading.cancel()
         out, errors = reading.result() if reading.done() and not reading.cancelled() else ((), ())
-        return child.returncode or 0, said_by(child.returncode or 0, out, errors)
+        code = child.returncode or 0
+        return code, said_by(code, out, errors) if code else warned_by(out)
 
 
 async def last_lines(stream: asyncio.StreamReader) -> tuple[str, ...]:
@@ -157,6 +159,14 @@ async def last_lines(stream: asyncio.StreamReader) -> tuple[str, ...]:
     while piece := await stream.read(_KEPT_BYTES):
         kept = (kept + piece)[-_KEPT_BYTES:]
     return tuple(kept.decode(errors="replace").splitlines()[-_KEPT_LINES:])
+
+
+def warned_by(out: Sequence[str]) -> str:
+    """What a build that succeeded warns of."""
+    try:
+        return "; ".join(json.loads(out[-1])["warnings"])
+    except (ValueError, IndexError, KeyError, TypeError):
+        return ""
 
 
 def said_by(code: int, out: Sequence[str], errors: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from datetime import UTC, tzinfo
 from pathlib import Path
 
@@ -47,8 +47,10 @@ from timeline.errors import TimelineError, UsageError
 from timeline.pg.control import ControlFile
 from timeline.pg.errors import FormatError
 
-FAILED_LOG = "failed-start.log"
-"""In the host's state directory: Postgres's log of the last branch that could not be made."""
+FAILED = "failed"
+"""Below the host's state directory: Postgres's logs of branches that could not be made …"""
+FAILED_LOGS = 20
+"""… and how many of them stay, the newest."""
 _STOP_SECONDS = 60.0
 _MODES = (AUTO, LAZY, COPY)
 _IF_EXISTS = ("fail", "reuse", "reset")
@@ -135,12 +137,18 @@ class HostBranches:
         return self._result(branch, elapsed, requests, fetched)
 
     def _keep_log(self, branch: LocalBranch, error: TimelineError) -> None:
-        """What the error refers to must outlive the branch; the last one of the host stays."""
-        log, kept = self.registry.directory(branch.id) / "postgres.log", self.host.state / FAILED_LOG
-        if error.hint is not None and str(log) in error.hint:
-            with contextlib.suppress(OSError):
-                log.replace(kept)
-                error.hint = error.hint.replace(str(log), str(kept))
+        """What the error refers to must outlive the branch."""
+        log = self.registry.directory(branch.id) / "postgres.log"
+        if error.hint is None or str(log) not in error.hint:
+            return
+        with contextlib.suppress(OSError):
+            failed = self.host.state / FAILED
+            failed.mkdir(exist_ok=True, mode=0o700)
+            kept = failed / f"{branch.name}-{branch.id}.log"
+            log.replace(kept)
+            error.hint = error.hint.replace(str(log), str(kept))
+            for old in sorted(failed.iterdir(), key=lambda path: path.stat().st_mtime)[:-FAILED_LOGS]:
+                old.unlink(missing_ok=True)
 
     async def start(self, name: str) -> BranchResult:
         """Start a branch that is not running, after a stop, a crash or a reboot.
@@ -166,13 +174,28 @@ class HostBranches:
         branch = self.registry.get(name)
         with self.registry.lock(branch):
             branch = self.registry.reread(branch)
-            running = _postmaster(branch)
-            if running is not None:
-                await stop(running, self._clock, seconds=_STOP_SECONDS)
-            await self._unmount(branch)
-            branch = self._save_process(branch, None)
+            branch = await self._shut_down(branch)
             if branch.idle is not None:
                 await self._register(branch)
+
+    @contextlib.asynccontextmanager
+    async def taken_over(self, name: str) -> AsyncGenerator[LocalBranch, None]:
+        """Shut down, and in nobody else's hands until it is deleted at the end."""
+        branch = self.registry.get(name)
+        with self.registry.lock(branch):
+            branch = self.registry.reread(branch)
+            try:
+                branch = await self._shut_down(branch)
+                yield branch
+            finally:
+                await asyncio.shield(self._remove(branch))
+
+    async def _shut_down(self, branch: LocalBranch) -> LocalBranch:
+        running = _postmaster(branch)
+        if running is not None:
+            await stop(running, self._clock, seconds=_STOP_SECONDS)
+        await self._unmount(branch)
+        return self._save_process(branch, None)
 
     async def delete(self, name: str) -> None:
         """Delete a branch with all its data; raises UsageError when it is protected."""

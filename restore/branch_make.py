@@ -26,7 +26,7 @@ from restore.binaries import Binaries, find_binaries, library_directory
 from restore.branch_request import AUTO, COPY_LIMIT_BYTES, BranchRequest, Listen
 from restore.branch_scripts import run_scripts
 from restore.branches import Branches
-from restore.compute import Instance, Postmaster, launch, promoted_at, stop
+from restore.compute import Instance, Launch, Postmaster, launch, promoted_at, stop
 from restore.data_files import PlainDirectory, configure, lay_out
 from restore.eager import read_listing, write_control, write_files
 from restore.host import Host
@@ -95,6 +95,7 @@ class BranchMaker:
         self._warnings: list[str] = []
         self._near = False
         self._prefetcher: Prefetcher | None = None
+        self._first_start: Launch | None = None
 
     @property
     def data(self) -> Path:
@@ -128,7 +129,10 @@ class BranchMaker:
     async def _make(self, store: Store) -> LocalBranch:
         history = await History.load(store, self.request.parent)
         target = await history.resolve(
-            await self._when(history), tli=self.request.tli, stock=self.request.stock
+            await self._when(history),
+            tli=self.request.tli,
+            stock=self.request.stock,
+            without=self.request.without,
         )
         incarnation = incarnation_at(history.state, target.lsn)
         check_architecture(incarnation)
@@ -187,6 +191,8 @@ class BranchMaker:
                 self.data, endpoint, binaries, incarnation, IcuMemory(self._host.state)
             )
             await run_scripts(self.request.scripts, self._directory, endpoint, binaries, instance.log)
+        if self._first_start is not None:
+            self._first_start.check_once()
         if self.request.listen is not None:
             postmaster = await self._listen(instance, postmaster)
         self._note(postmaster)
@@ -309,6 +315,7 @@ class BranchMaker:
         # WAL since a base backup has images of all pages; WAL since a redo point of ours has not.
         once = plan.redo_point is not None
         starting = launch(instance, options=recovery.options, promotes=recovery.promotes, once=once)
+        self._first_start = starting
         self._note(starting.postmaster)
         syncing = asyncio.ensure_future(to_the_end(self._sync))
         try:

@@ -76,6 +76,8 @@ class BranchRequest:
     """Run before anybody can reach the branch."""
     stock: bool = False
     """Begin at a base backup, where stock Postgres would, whatever snapshots there are."""
+    without: str | None = None
+    """Id of a snapshot not to begin at."""
     untouched: bool = False
     """Nobody will connect, nor we to isolate it, and nothing runs in it by itself: its files are what is
     wanted."""

@@ -74,7 +74,7 @@ class Launch:
     _process: subprocess.Popen[bytes]
     _log_offset: int
     _promotes: bool
-    _once: bool
+    _again: _Again | None
 
     async def wait(self, clock: Clock, *, ready_seconds: float) -> Postmaster:
         """Wait until it is ready, at most ``ready_seconds``; call once.
@@ -85,10 +85,7 @@ class Launch:
         """
         try:
             promotion = _Promotion(self.instance, self._process) if self._promotes else None
-            again = _Again(self.instance.log, self._log_offset) if self._once else None
-            await _wait_until_ready(
-                self.instance, self._process, self._log_offset, clock, ready_seconds, promotion, again
-            )
+            await _wait_until_ready(self, self._process, self._log_offset, clock, ready_seconds, promotion)
         except BaseException:
             await asyncio.shield(kill(self.postmaster, clock))
             raise
@@ -96,6 +93,14 @@ class Launch:
             # It outlives us: Popen must neither wait for it nor complain that we did not.
             self._process.returncode = 0
         return self.postmaster
+
+    def check_once(self) -> None:
+        """Raise TimelineError when it recovered more often than allowed."""
+        if self._again is not None and self._again.happened():
+            raise TimelineError(
+                "Postgres lost a process during its recovery, and would begin anew on pages that may be half written",
+                hint=f"out of memory? its log is {self.instance.log}; otherwise try again",
+            )
 
 
 def launch(
@@ -110,7 +115,8 @@ def launch(
     (instance.data / "postmaster.pid").unlink(missing_ok=True)
     process, log_offset = _spawn(instance, options)
     postmaster = Postmaster(process.pid, start_time(process.pid) or "")
-    return Launch(instance, postmaster, process, log_offset, promotes, once)
+    again = _Again(instance.log, log_offset) if once else None
+    return Launch(instance, postmaster, process, log_offset, promotes, again)
 
 
 def find_postmaster(data: Path) -> Postmaster | None:
@@ -161,25 +167,21 @@ def _spawn(instance: Instance, options: Sequence[Setting]) -> tuple[subprocess.P
 
 
 async def _wait_until_ready(
-    instance: Instance,
+    starting: Launch,
     process: subprocess.Popen[bytes],
     log_offset: int,
     clock: Clock,
     ready_seconds: float,
     promotion: _Promotion | None,
-    again: _Again | None,
 ) -> None:
+    instance = starting.instance
     deadline = clock.monotonic() + ready_seconds
     with contextlib.closing(_LockFile(instance.data, process.pid)) as lock_file:
         while True:
             if process.poll() is not None:
                 raise _explain(instance, log_offset, process.returncode)
             status = lock_file.status()
-            if again is not None and again.happened():
-                raise TimelineError(
-                    "Postgres lost a process during its recovery, and would begin anew on pages that may be half written",
-                    hint=f"out of memory? its log is {instance.log}; otherwise try again",
-                )
+            starting.check_once()
             if status == "ready":
                 return
             if promotion is not None and status:
@@ -249,25 +251,34 @@ class _Again:
 
     def __init__(self, log: Path, offset: int) -> None:
         self._log = log
-        self._offset = offset
-        self._size = offset
+        self._read = offset
+        self._last = b""
+        """The end of what was read: the words may come in two pieces."""
+        self._found = False
 
     def happened(self) -> bool:
-        """Look; costs next to nothing while nothing was logged."""
-        size = self._log.stat().st_size
-        if size == self._size:
-            return False
-        self._size = size
-        with self._log.open("rb") as log:
-            log.seek(self._offset)
-            return _BEGAN_ANEW in log.read(_FAILURE_LOG_BYTES)
+        """Look at what was logged since the last look."""
+        if not self._found and self._log.stat().st_size > self._read:
+            with self._log.open("rb") as log:
+                log.seek(self._read)
+                while piece := log.read(_FAILURE_LOG_BYTES):
+                    self._read += len(piece)
+                    self._found = self._found or _BEGAN_ANEW in self._last + piece
+                    self._last = (self._last + piece)[-len(_BEGAN_ANEW) :]
+        return self._found
 
 
 def _explain(instance: Instance, log_offset: int, code: int) -> TimelineError:
     """Why it ended, in its own words: the first FATAL or PANIC of this start, with its hint, or the process it lost."""
     with instance.log.open("rb") as log:
         log.seek(log_offset)
-        lines = log.read(_FAILURE_LOG_BYTES).decode(errors="replace").splitlines()
+        said = log.read(_FAILURE_LOG_BYTES)
+        # After a long recovery the end is far from the beginning.
+        log.seek(max(log.tell(), log.seek(0, os.SEEK_END) - _FAILURE_LOG_BYTES))
+        lines = [
+            *said.decode(errors="replace").splitlines(),
+            *log.read().decode(errors="replace").splitlines(),
+        ]
     for number, line in enumerate(lines):
         failure = _FAILURE.search(line)
         if failure is None:

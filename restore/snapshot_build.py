@@ -12,8 +12,9 @@ the line was committed meanwhile. On one host they take turns.
 
 One check stands against every unknown: a page of a relation with an LSN above S is refused.
 
-Bounds: STEP_BYTES of WAL (snapshot_pace.py) in one build, and what is empty beyond; a longer way is taken in steps. Rows of the
-blocks that one step changed (about 0.4 KB each) and what extent_writer.py and fold.py state in memory.
+Bounds: STEP_BYTES of WAL (snapshot_pace.py) in one build, and what is empty beyond; AROUND_BYTES around a snapshot that does
+not fit; a longer way is taken in steps. In memory rows of the blocks that one step changed (about 0.4 KB each), three batches
+of groups (4 MiB each), and what extent_writer.py and fold.py state.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ from restore.open_file import OpenFile
 from restore.overlay import Overlay
 from restore.overlay_changes import ChangedFile, changed_runs, find_changes, is_relation
 from restore.plan import bounds_as_of
-from restore.snapshot_pace import Stand, step_bytes
+from restore.snapshot_pace import SPACING_BYTES, STEP_BYTES, Stand, step_bytes
 from restore.source import ExtentSource
+from restore.wal_files import RedoPointMisfit
 from timeline.archive.backup_files import treat
 from timeline.archive.boot_pack import BootPack
 from timeline.archive.extent_writer import UNKNOWN, ExtentWriter, Group, create_named
@@ -76,11 +78,13 @@ from timeline.ids import MAIN
 from timeline.lsn import Lsn
 from timeline.maintain.thin import RULES, Rule, superfluous
 from timeline.pg.control import CONTROL_FILE, parse_control
-from timeline.pg.errors import FormatError
 from timeline.pg.redo_point import checkpoint_place, find_redo_point, redo_point_control
 from timeline.store.base import Store
 from timeline.store.open import open_store
 
+AROUND_BYTES = 2 * STEP_BYTES
+"""Where replay cannot begin at the newest snapshot, a build may begin at the one before, if no more than this is replayed."""
+_BACKUP_HINT = "branches replay from a base backup instead; `tl backup` makes a new one to build on"
 _LOOKS_BYTES = (64 << 10, 1 << 20, 16 << 20)
 """How much WAL is searched for a redo point, one after the other."""
 _T = TypeVar("_T")
@@ -110,6 +114,8 @@ class Build:
     uploaded_bytes: int = 0
     """In packs."""
     elapsed_seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+    """What did not stop it, but should be known."""
 
 
 async def build_snapshots(
@@ -122,10 +128,12 @@ async def build_snapshots(
     at_least_bytes: int = 1,
     wait_seconds: float = 0.0,
     rules: Sequence[Rule] = RULES,
+    spacing_bytes: int = SPACING_BYTES,
 ) -> AsyncGenerator[Build, None]:
     """Build until less than ``at_least_bytes`` of WAL lies beyond the newest snapshot; one result for each step.
 
-    ``wait_seconds``: how long to wait for another builder on this host; ``rules``: which older snapshots stay.
+    ``wait_seconds``: how long to wait for another builder on this host; ``rules``: which older snapshots stay;
+    ``spacing_bytes``: how far apart new ones are to be (snapshot_pace.py).
     Raises UsageError (no FUSE, no binaries), CheckFailed (what was built cannot be trusted), Unavailable (another
     builder on this host), and what making a branch raises.
     """
@@ -142,12 +150,14 @@ async def build_snapshots(
         # Whatever a killed builder left goes now, also where there is nothing to build.
         await branches.sweep()
         for left in branches.list():
-            await branches.delete(left.branch.name)
+            # The agent may delete it at the same moment, for its time is over.
+            with contextlib.suppress(UsageError):
+                await branches.delete(left.branch.name)
         store = await open_store(
             address.url, endpoint_url=address.endpoint_url, region=address.region, clock=clock
         )
         try:
-            builder = _Builder(address, store, branches, clock, parent, rules)
+            builder = _Builder(address, store, branches, clock, parent, rules, spacing_bytes)
             while True:
                 built = await builder.step(at_least_bytes)
                 yield built
@@ -189,7 +199,9 @@ class _Builder:
         clock: Clock,
         parent: str,
         rules: Sequence[Rule],
+        spacing_bytes: int,
     ) -> None:
+        self._spacing_bytes = spacing_bytes
         self._address = address
         self._store = store
         self._branches = branches
@@ -209,52 +221,52 @@ class _Builder:
         if lsn is None:
             return Build(None, f"no place for a redo point between {head.snapshot.end} and {head.lsn}")
         target = await history.resolve(AtLsn(lsn))
+        warnings: tuple[str, ...] = ()
         try:
             name = await self._replay(target)
-        except FormatError as error:
-            target = await self._from_base(history, target, error)
-            name = await self._replay(target)
-        try:
-            await self._branches.stop(name)
-            branch = self._branches.registry.get(name)
-            # Whoever deletes builders that were left finds this one alive.
-            with self._branches.registry.lock(branch):
-                branch = self._branches.registry.reread(branch)
-                build = await self._store_changes(history, meta.store_id, target, branch)
-        finally:
-            if self._branches.registry.find(name) is not None:
-                await self._branches.delete(name)
-        return dataclasses.replace(build, elapsed_seconds=self._clock.monotonic() - began)
+        except RedoPointMisfit as misfit:
+            useless = target.snapshot.id
+            warnings = (f"replay cannot begin at snapshot {useless}: {misfit.message}",)
+            target = await self._around(history, target, warnings[0])
+            name = await self._replay(target, without=useless)
+        async with self._branches.taken_over(name) as branch:
+            build = await self._store_changes(history, meta.store_id, target, branch)
+        elapsed = self._clock.monotonic() - began
+        return dataclasses.replace(build, warnings=warnings, elapsed_seconds=elapsed)
 
-    async def _replay(self, target: Target) -> str:
-        """From the target's snapshot to its LSN; the builder's name. Raises FormatError when replay cannot begin there."""
+    async def _replay(self, target: Target, *, without: str | None = None) -> str:
+        """From the target's snapshot to its LSN; the builder's name. Raises RedoPointMisfit when replay cannot begin
+        there, CheckFailed when that is so for a second time."""
         request = BranchRequest(
             store=self._address,
             name=f"snapshot-{target.lsn:x}",
             when=AtLsn(target.lsn),
             tli=target.tli,
             parent=self._parent,
-            stock=target.snapshot.kind != BUILT,
+            without=without,
             ttl_seconds=_LIFE_SECONDS,
             mode=LAZY,
             untouched=True,
         )
-        return (await self._branches.create(request)).name
-
-    async def _from_base(self, history: History, target: Target, misfit: FormatError) -> Target:
-        """The same moment, reached from the newest base backup; raises CheckFailed where that is no way on.
-
-        It is one where a single snapshot is of no use. Where already the first one on a base backup is, all of them may
-        be: then each build would replay everything, for nothing.
-        """
-        useless = target.snapshot
-        bases = {snapshot.id for snapshot in history.state.snapshots if snapshot.kind != BUILT}
-        if useless.id in bases or useless.parent in bases:
+        try:
+            return (await self._branches.create(request)).name
+        except RedoPointMisfit as misfit:
+            if without is None:
+                raise
             raise CheckFailed(
-                f"replay cannot begin at snapshot {useless.id}: {misfit.message}",
-                hint="branches replay from the base backup instead; `tl backup` makes a new one to build on",
+                f"replay cannot begin at snapshot {without}, nor at {target.snapshot.id}: {misfit.message}",
+                hint=_BACKUP_HINT,
             ) from misfit
-        return await history.resolve(AtLsn(target.lsn), tli=target.tli, stock=True)
+
+    async def _around(self, history: History, target: Target, misfit: str) -> Target:
+        """The same moment, reached from the snapshot before; raises CheckFailed where there is none that is near."""
+        around = await history.resolve(AtLsn(target.lsn), tli=target.tli, without=target.snapshot.id)
+        if around.lsn - around.snapshot.lsn > AROUND_BYTES:
+            raise CheckFailed(
+                f"{misfit}; the one before is at {around.snapshot.lsn}, too far away to go on from",
+                hint=_BACKUP_HINT,
+            )
+        return around
 
     async def _choose(self, history: History, head: Target) -> Lsn | None:
         """The last place for a redo point within one step of the newest snapshot, and above it.
@@ -264,7 +276,7 @@ class _Builder:
         """
         reach = head.snapshot.lsn
         stand = Stand(reach, head.lsn)
-        step, self._before = step_bytes(stand, self._before), stand
+        step, self._before = step_bytes(stand, self._before, self._spacing_bytes), stand
         while reach < head.last_record:
             reach = Lsn(min(head.last_record, reach + step))
             lsn = await self._last_place(history, head, reach)

@@ -1,7 +1,7 @@
 """How far apart snapshots are built. Pure.
 
 Every build costs some seconds whatever it replays, and every snapshot what it stores; a branch, on the other hand, replays as
-much as lies between two of them. SPACING_BYTES is the measure while builders keep up, and while they catch up with a backlog
+much as lies between two of them. The spacing asked for holds while builders keep up, and while they catch up with a backlog
 that shrinks. Where more WAL comes than such steps take away, or so much waits that the newest moments would have to wait for
 long, steps grow with the backlog, for most branches are made of the newest moments.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from timeline.lsn import Lsn
 
 SPACING_BYTES = 64 << 20
+"""What is asked for otherwise; less is no measure for a backlog."""
 BACKLOG_PART = 4
 """Of a backlog, one step takes this part …"""
 STEP_BYTES = 512 << 20
@@ -33,10 +34,12 @@ class Stand:
     """End of the WAL in the store."""
 
 
-def step_bytes(now: Stand, before: Stand | None) -> int:
-    """How far beyond the newest snapshot to build at most; ``before``: where the last build of this run began."""
+def step_bytes(now: Stand, before: Stand | None, spacing: int = SPACING_BYTES) -> int:
+    """How far beyond the newest snapshot to build at most; ``before``: where the last build of this run began; ``spacing``:
+    the bytes of WAL that are wanted between two snapshots."""
+    spacing = min(STEP_BYTES, max(SPACING_BYTES, spacing))
     backlog = now.head - now.newest
     shrinks = before is None or now.head - before.head <= _SHRINKS * (now.newest - before.newest)
     if shrinks and backlog <= PATIENT_BYTES:
-        return SPACING_BYTES
-    return min(STEP_BYTES, max(SPACING_BYTES, backlog // BACKLOG_PART))
+        return spacing
+    return min(STEP_BYTES, max(spacing, backlog // BACKLOG_PART))

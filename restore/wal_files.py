@@ -67,6 +67,17 @@ while :; do
 done
 """
 
+
+class RedoPointMisfit(FormatError):
+    """Replay cannot begin at this snapshot: its pg_control, the plan and the WAL do not fit each other."""
+
+    def __init__(self, error: FormatError) -> None:
+        """``error``: what does not fit."""
+        super().__init__(error.subject, error.offset, error.expectation, hint=error.hint)
+        self.message = error.message
+        self.args = (error.message,)
+
+
 WalReader = Callable[[Sequence[WalSpan]], AsyncGenerator[tuple[Lsn, bytes | memoryview], None]]
 """Reads the WAL of the spans: consecutive verified pieces, each with its LSN."""
 
@@ -244,9 +255,14 @@ class _SegmentWriter:
         path.replace(self._directory / segment.name)
 
     def plant(self, segment: SegmentFile, point: RedoPoint, control: bytes) -> None:
-        """Put the checkpoint that ``control`` names into the finished first segment; raises WalFormatError,
-        FormatError when they do not fit."""
-        self._check_control(point, control)
+        """Put the checkpoint that ``control`` names into the finished first segment; raises RedoPointMisfit."""
+        try:
+            self._check_control(point, control)
+            self._plant(segment, point, control)
+        except FormatError as error:
+            raise RedoPointMisfit(error) from error
+
+    def _plant(self, segment: SegmentFile, point: RedoPoint, control: bytes) -> None:
         with open(self._temporary(segment), "r+b") as file:
             file.seek(point.page - segment.start)
             wal = bytearray(file.read())

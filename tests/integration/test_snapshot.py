@@ -8,7 +8,10 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -28,6 +31,7 @@ from timeline.lsn import Lsn
 from timeline.maintain.thin import Rule
 from timeline.pg.control import CONTROL_FILE, parse_control
 from timeline.pg.errors import WalFormatError
+from timeline.pg.redo_point import redo_point_patches
 
 
 @pytest.mark.fuse
@@ -176,10 +180,10 @@ def test_a_point_that_does_not_fit_is_no_reason_to_fail(
 
 
 @pytest.mark.fuse
-def test_a_builder_goes_on_from_the_base_where_a_snapshot_does_not_fit(
+def test_a_builder_goes_around_a_snapshot_that_does_not_fit(
     make_place: Callable[[int], Place], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else everything since would be replayed by every branch, for ever; and what it builds is right."""
+    """Else everything since the base backup would be replayed by every branch, for ever; and what it builds is right."""
     place = make_place(15)
     place.server.sql("create table t as select generate_series(1, 1000) i")
     place.archive()
@@ -189,10 +193,18 @@ def test_a_builder_goes_on_from_the_base_where_a_snapshot_does_not_fit(
         place.snapshot()
     place.server.sql("insert into t values (0)")
     place.archive()
-    monkeypatch.setattr(wal_files, "redo_point_patches", _refuse)
+    refused: list[object] = []
+
+    def refuse_once(*args: Any, **options: Any) -> object:
+        if not refused:
+            refused.append(args)
+            _refuse()
+        return redo_point_patches(*args, **options)
+
+    monkeypatch.setattr(wal_files, "redo_point_patches", refuse_once)
     [built] = place.build()
-    base, first, second, third = state_of(place.host.store).snapshots
-    assert (third.id, third.parent, second.parent) == (built.id, base.id, first.id)
+    _, first, second, third = state_of(place.host.store).snapshots
+    assert (third.id, third.parent, second.parent) == (built.id, first.id, first.id)
     unexpected, _ = unexpected_pages(place.recovered(third), place.image(third), hints=False)
     assert unexpected == []
     branch = place.host.tl("branch", "x")
@@ -208,15 +220,22 @@ def test_what_cannot_be_trusted_is_not_committed(
     place = make_place(15)
     place.server.sql("create table t as select generate_series(1, 1000) i")
     place.archive()
-    place.server.sql("insert into t select generate_series(1, 1000) i")
-    place.archive()
-    place.snapshot()
+    for _ in range(2):
+        place.server.sql("insert into t select generate_series(1, 1000) i")
+        place.archive()
+        place.snapshot()
     place.server.sql("insert into t values (0)")
     place.archive()
     before = state_of(place.host.store)
     with monkeypatch.context() as patch:
         patch.setattr(wal_files, "redo_point_patches", _refuse)
-        with pytest.raises(CheckFailed, match=r"replay cannot begin at snapshot .* expected something else"):
+        with pytest.raises(CheckFailed, match=r"begin at snapshot .*, nor at .* expected something else"):
+            place.build()
+    with monkeypatch.context() as patch:
+        # The checkpoint would be planted where the snapshot's pg_control does not look for it.
+        moved = partial(replace, min_recovery_point=Lsn(8))
+        patch.setattr(wal_files, "parse_control", lambda image: moved(parse_control(image)))
+        with pytest.raises(CheckFailed, match="expected one made for"):
             place.build()
     with monkeypatch.context() as patch:
         patch.setattr(snapshot_build, "newest_page", lambda _: before.snapshots[-1].lsn + (1 << 30))

@@ -122,9 +122,12 @@ class History:
         """The unsealed WAL of a tli in this view."""
         return await self._retrying(lambda: self._tail(tli))
 
-    async def resolve(self, when: When, *, tli: int | None = None, stock: bool = False) -> Target:
+    async def resolve(
+        self, when: When, *, tli: int | None = None, stock: bool = False, without: str | None = None
+    ) -> Target:
         """The exact moment a WHEN means on the line that leads to ``tli``; the source's current one by
-        default. ``stock``: to be replayed from a base backup, by a server that knows nothing of us.
+        default. ``stock``: to be replayed from a base backup, by a server that knows nothing of us; ``without``: not from
+        the snapshot of that id.
 
         Never another line's moment (EDGE 40). Raises TargetUnreachable naming what can be reached (P7),
         UsageError, DamagedStore.
@@ -151,7 +154,7 @@ class History:
                 )
             line = self.lineage(tli)
             resolver, _ = await asyncio.gather(
-                self._resolver(line, stock=stock), self._have_index_ready(line, when)
+                self._resolver(line, stock=stock, without=without), self._have_index_ready(line, when)
             )
             return await resolver.resolve(when)
 
@@ -215,14 +218,23 @@ class History:
                 reloaded = True
                 await self.reload()
 
-    async def _resolver(self, line: Line, *, stock: bool = False) -> Resolver:
+    async def _resolver(self, line: Line, *, stock: bool = False, without: str | None = None) -> Resolver:
         tlis = needed_tails(self.state, line)
         await in_parallel(tlis, self._tail, limit=4)
         runs = runs_on(self.state, line, {tli: self._tails[tli] for tli in tlis})
         coverages = [tail.coverage for tail in self._tails.values() if tail.coverage is not None]
         if self.state.coverage is not None:
             coverages.append(self.state.coverage)
-        return Resolver(self.state, line, runs, coverages, self._reader, self._read_run, stock=stock)
+        return Resolver(
+            self.state,
+            line,
+            runs,
+            coverages,
+            self._reader,
+            self._read_run,
+            stock=stock,
+            without=without,
+        )
 
     async def _have_index_ready(self, line: Line, when: When) -> None:
         """Read what a moment in sealed WAL will be looked up in, while the tails are listed."""

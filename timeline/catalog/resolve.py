@@ -86,9 +86,12 @@ class Resolver:
         read_wal: ReadWal,
         *,
         stock: bool = False,
+        without: str | None = None,
     ) -> None:
-        """``coverages``: all that are known, of any tli; ``stock``: from base backups only."""
+        """``coverages``: all that are known, of any tli; ``stock``: from base backups only; ``without``: not from the
+        snapshot of that id."""
         self._stock = stock
+        self._without = without
         self._state = state
         self._line = line
         self._runs = [RunReader(run, state, reader, read_wal) for run in runs]
@@ -206,8 +209,11 @@ class Resolver:
         )
 
     def _snapshots(self, reader: RunReader) -> tuple[Snapshot, ...]:
-        usable = usable_snapshots(self._state, self._line, reader.run)
-        return tuple(one for one in usable if one.kind == BASE) if self._stock else usable
+        return tuple(
+            one
+            for one in usable_snapshots(self._state, self._line, reader.run)
+            if one.id != self._without and (one.kind == BASE or not self._stock)
+        )
 
     async def _first_crossing(self, reader: RunReader, time: Micros) -> Commit | None:
         """The first end of a transaction, committed or not, that is later than ``time``."""

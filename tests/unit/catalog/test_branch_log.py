@@ -13,7 +13,7 @@ from tests.support.manual_clock import ManualClock
 from timeline.catalog.branch_log import ATTEMPTS, BranchLog, LogHead, read_head
 from timeline.errors import DamagedStore, Fenced, LogConflict, MissingObject, Unavailable
 from timeline.format import keys
-from timeline.format.branch_state import Gap, Tli
+from timeline.format.branch_state import BranchState, Gap, Tli
 from timeline.format.log_change import Begin, ClaimEpoch, Cover, RecordGap, RecordProgress
 from timeline.format.wal_index import Coverage
 from timeline.lsn import Lsn
@@ -228,6 +228,33 @@ def test_losing_the_race_for_the_same_thing_is_a_conflict() -> None:
         with pytest.raises(LogConflict):
             await (await begun(FaultyStore(store, before=interfere))).append(gap(1))
         assert gap_numbers(await rival.load()) == [1]
+
+    run(work())
+
+
+def test_a_change_is_checked_against_the_state_it_is_made_to() -> None:
+    """Also where that came between the first look and the attempt that succeeds."""
+
+    async def work() -> None:
+        store = MemoryStore()
+        rival = await begun(store, seed=9)
+        looks: list[int] = []
+
+        async def interfere(call: Call) -> None:
+            if call.verb == "create" and len(looks) == 1:
+                await rival.append(gap(7))
+
+        def only_one(state: BranchState) -> None:
+            looks.append(len(state.gaps))
+            if state.gaps:
+                raise LogConflict("somebody was faster")
+
+        log = BranchLog(FaultyStore(store, before=interfere), "main", ManualClock(), "loser")
+        with pytest.raises(LogConflict, match="somebody was faster"):
+            await log.append(gap(1), check=only_one)
+        assert looks == [0, 1]
+        head = await rival.load()
+        assert head is not None and gap_numbers(head) == [7]
 
     run(work())
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from cli.config import resolve
 from cli.snapshot import snapshot_command
-from cli.snapshot_schedule import LONGEST_RETRY_SECONDS, SnapshotSchedule
+from cli.snapshot_schedule import RETRY_SECONDS, SnapshotSchedule
 from restore import agent_fork, snapshot_build
 from restore.snapshot_build import Build
 from tests.support.manual_clock import ManualClock
@@ -59,11 +59,19 @@ def schedule(clock: ManualClock, *, cluster: str | None, store: str | None = Non
 
 
 def test_the_archivers_child_knows_its_cluster() -> None:
+    """Its rules for older snapshots are there, and its store is still the one that is archived into."""
     clock = ManualClock()
     assert schedule(clock, cluster="a").command() == (
-        *("snapshot", "--json", "--cluster", "a", "--at-least", "4.0"),
+        *("snapshot", "--json", "--store", "file:///a", "--cluster", "a"),
+        *("--at-least", "4.0", "--spacing", "64.0"),
     )
-    assert schedule(clock, cluster=None, store="file:///c").command()[2:4] == ("--store", "file:///c")
+    by_url = schedule(clock, cluster=None, store="file:///a/").command()
+    assert by_url[2:6] == ("--store", "file:///a/", "--cluster", "a")
+    taken = resolve(
+        store="file:///a/", cluster="a", endpoint_url=None, region=None, source=None, as_json=True
+    )
+    assert taken.operations.retention.keep_all_seconds == 14 * DAY
+    assert "--cluster" not in schedule(clock, cluster=None, store="file:///c").command()
 
 
 def test_a_host_that_cannot_build_may_learn_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,4 +100,4 @@ def test_a_host_that_cannot_build_may_learn_to(monkeypatch: pytest.MonkeyPatch) 
         await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(run())
-    assert all(two - one >= LONGEST_RETRY_SECONDS for one, two in pairwise(began))
+    assert all(two - one >= RETRY_SECONDS for one, two in pairwise(began))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import cli
+from cli.archive import archive_command
 from cli.jobs import archive_arguments, host_jobs, jobs_of, told
 from cli.operations import DaemonPlan, Operations, RetentionPlan
 from cli.schedule import Every
@@ -94,6 +95,17 @@ def test_wrong_values_name_file_table_and_key(text: str, message: str) -> None:
     assert error.message.startswith("tl.toml: ")
 
 
+@pytest.mark.parametrize(
+    ("after", "seconds"), [("30d", 30 * 86_400.0), ("500ms", 0.5), ("1000001s", 1_000_001.0)]
+)
+def test_what_the_archiver_is_told_it_understands(after: str, seconds: float) -> None:
+    """A daemon's archiver that refuses its own options would archive nothing."""
+    document = parse(f'[cluster.a]\nstore = "file:///a"\n[cluster.a.snapshots]\nafter = "{after}"\n')
+    arguments = archive_arguments(document.clusters[0])
+    assert arguments is not None
+    assert archive_command.make_context("archive", list(arguments[1:])).params["snapshot_after"] == seconds
+
+
 def test_what_runs_follows_from_it() -> None:
     document = parse(
         '[daemon]\nexpire = "off"\n'
@@ -108,7 +120,7 @@ def test_what_runs_follows_from_it() -> None:
     assert host_jobs(document.daemon) == ()
     assert archive_arguments(cluster) == (
         *("archive", "--cluster", "a", "--json-status", "1", "--max-delay", "0.2", "--snapshot-every", "96"),
-        *("--snapshot-after", "120"),
+        *("--snapshot-after", "2m"),
         *("--application-name", "tl", "--slot", "mine", "--allow-gap", "--rate-limit", "5242880"),
         *("--standby", "host=y"),
     )
