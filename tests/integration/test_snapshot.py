@@ -22,14 +22,14 @@ from restore.branch_request import BranchRequest, StoreAddress
 from restore.host import find_host
 from restore.snapshot_build import newest_page
 from tests.fix_postgres import MAJORS
-from tests.support.snapshot_place import Place, state_of, unexpected_pages
+from tests.support.snapshot_place import Place, control_of, state_of, unexpected_pages
 from tests.support.workload import prepare, steps
 from timeline.clock import SystemClock
 from timeline.errors import CheckFailed
 from timeline.format.branch_state import BUILT
 from timeline.lsn import Lsn
 from timeline.maintain.thin import Rule
-from timeline.pg.control import CONTROL_FILE, parse_control
+from timeline.pg.control import parse_control
 from timeline.pg.errors import WalFormatError
 from timeline.pg.redo_point import redo_point_patches
 
@@ -268,10 +268,11 @@ def test_the_sources_settings_as_of_the_redo_point(make_place: Callable[[int], P
         place.archive()
         assert place.snapshot()
     for built, told in zip(place.built(), ((77, False, True), (55, True, False)), strict=True):
-        image = place.image(built)
-        control = parse_control((image / CONTROL_FILE).read_bytes())
+        control = control_of(place.host.store, built)
         assert (control.max_connections, control.checkpoint.full_page_writes, control.wal_log_hints) == told
-        unexpected, _ = unexpected_pages(place.recovered(built), image, hints=major >= 18 or told[2])
+        unexpected, _ = unexpected_pages(
+            place.recovered(built), place.image(built), hints=major >= 18 or told[2]
+        )
         assert unexpected == []
     server.sql("create database copied strategy = 'file_copy'")
     place.archive()

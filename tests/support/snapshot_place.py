@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psycopg
 
+from restore.branch_make import control_content
 from restore.branch_request import StoreAddress
 from restore.eager import read_listing, write_files
 from restore.host import find_host
@@ -23,6 +24,7 @@ from timeline.catalog.branch_log import read_head
 from timeline.clock import SystemClock
 from timeline.format.branch_state import BUILT, BranchState, Snapshot
 from timeline.maintain.thin import RULES, Rule
+from timeline.pg.control import ControlFile, parse_control
 from timeline.store.open import open_store
 
 
@@ -37,6 +39,19 @@ def state_of(url: str) -> BranchState:
             await store.aclose()
         assert head is not None
         return head.state
+
+    return asyncio.run(read())
+
+
+def control_of(url: str, snapshot: Snapshot) -> ControlFile:
+    """A snapshot's pg_control."""
+
+    async def read() -> ControlFile:
+        store = await open_store(url)
+        try:
+            return parse_control(control_content(await read_listing(store, snapshot)))
+        finally:
+            await store.aclose()
 
     return asyncio.run(read())
 
