@@ -604,7 +604,8 @@ class _Storing:
         before = parse_control(control_content(self._listing))
         full_page_writes = before.checkpoint.full_page_writes
         for event in self._target.events:
-            if event.kind is EventKind.FULL_PAGE_WRITES:
+            # A change at a restart is told by checkpoints alone.
+            if event.kind in (EventKind.FULL_PAGE_WRITES, EventKind.CHECKPOINT):
                 full_page_writes = bool(dict(event.values)["full_page_writes"])
         return redo_point_control(
             image,

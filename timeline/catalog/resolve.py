@@ -52,6 +52,7 @@ _TOLD = frozenset(
         EventKind.TABLESPACE_CREATE,
         EventKind.TABLESPACE_DROP,
         EventKind.DATABASE_CREATE_FILE_COPY,
+        EventKind.CHECKPOINT,
         EventKind.FULL_PAGE_WRITES,
         EventKind.END_OF_RECOVERY,
     }
