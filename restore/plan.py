@@ -29,6 +29,13 @@ from timeline.pg.segment import (
 BACKUP_LABEL = "backup_label"
 RECOVERY_SIGNAL = "recovery.signal"
 STANDBY_SIGNAL = "standby.signal"
+_LIMITS = (
+    "max_connections",
+    "max_worker_processes",
+    "max_wal_senders",
+    "max_prepared_transactions",
+    "max_locks_per_transaction",
+)
 
 _HIDDEN = (
     "backup_label.old",
@@ -162,33 +169,36 @@ def make_plan(
     )
 
 
+def parameters_as_of(control: ControlFile, events: Sequence[WalEvent]) -> Parameters:
+    """What was in force after the events: pg_control's, or what the last change said."""
+    return _in_force(control, events)[-1]
+
+
 def bounds_as_of(control: ControlFile, events: Sequence[WalEvent]) -> Parameters:
     """What binds recovery: pg_control, and every change of parameters replayed after it (EDGE 46).
 
     Limits are the highest ever in force, for replay passes through all of them; the others are the last.
     """
-    bounds = control.parameters
+    in_force = _in_force(control, events)
+    highest = {name: max(getattr(each, name) for each in in_force) for name in _LIMITS}
+    return dataclasses.replace(in_force[-1], **highest)
+
+
+def _in_force(control: ControlFile, events: Sequence[WalEvent]) -> list[Parameters]:
+    """One after the other, pg_control's first."""
+    found = [control.parameters]
     for event in events:
-        if event.kind is not EventKind.PARAMETER_CHANGE:
-            continue
-        values = dict(event.values)
-        bounds = dataclasses.replace(
-            bounds,
-            wal_level=values["wal_level"],
-            wal_log_hints=bool(values["wal_log_hints"]),
-            track_commit_timestamp=bool(values["track_commit_timestamp"]),
-            **{
-                name: max(getattr(bounds, name), values[name])
-                for name in (
-                    "max_connections",
-                    "max_worker_processes",
-                    "max_wal_senders",
-                    "max_prepared_transactions",
-                    "max_locks_per_transaction",
+        if event.kind is EventKind.PARAMETER_CHANGE:
+            values = dict(event.values)
+            found.append(
+                Parameters(
+                    wal_level=values["wal_level"],
+                    wal_log_hints=bool(values["wal_log_hints"]),
+                    track_commit_timestamp=bool(values["track_commit_timestamp"]),
+                    **{name: values[name] for name in _LIMITS},
                 )
-            },
-        )
-    return bounds
+            )
+    return found
 
 
 def _spans(tlis: Sequence[Tli], tli: int, start: Lsn, end: Lsn) -> tuple[WalSpan, ...]:

@@ -48,7 +48,7 @@ from restore.local_branch import LAZY, LocalBranch
 from restore.open_file import OpenFile
 from restore.overlay import Overlay
 from restore.overlay_changes import ChangedFile, changed_runs, find_changes, is_relation
-from restore.plan import bounds_as_of
+from restore.plan import parameters_as_of
 from restore.snapshot_pace import SPACING_BYTES, STEP_BYTES, Stand, step_bytes
 from restore.source import ExtentSource
 from restore.wal_files import RedoPointMisfit
@@ -611,7 +611,7 @@ class _Storing:
             image,
             self._lsn,
             tli=self._target.tli,
-            parameters=bounds_as_of(before, self._target.events),
+            parameters=parameters_as_of(before, self._target.events),
             full_page_writes=full_page_writes,
         )
 

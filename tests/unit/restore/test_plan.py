@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from restore.plan import BranchPlan, SegmentFile, WalSpan, bounds_as_of, make_plan
+from restore.plan import BranchPlan, SegmentFile, WalSpan, bounds_as_of, make_plan, parameters_as_of
 from timeline.errors import TargetUnreachable, TimelineError
 from timeline.format.branch_state import Incarnation, Snapshot, Tli
 from timeline.format.manifest import ManifestRef
@@ -159,6 +159,9 @@ def test_limits_follow_parameter_changes() -> None:
     assert bounds.max_connections == 300
     assert (bounds.wal_level, bounds.wal_log_hints) == (1, False)
     assert bounds.track_commit_timestamp is True
+    last = parameters_as_of(CONTROL, made.events)
+    assert (last.max_connections, last.max_prepared_transactions, last.wal_level) == (300, 1, 1)
+    assert parameters_as_of(CONTROL, ()) == CONTROL.parameters
 
 
 def test_what_must_not_show() -> None:
