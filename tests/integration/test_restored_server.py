@@ -179,6 +179,7 @@ def test_the_replaced_server_is_archived_again(make_postgres: MakePostgres, plac
             assert branched(host, b2) == "a1 b1 b2"
 
 
+@pytest.mark.slow
 def test_two_restores_with_one_tli(make_postgres: MakePostgres, place: Path) -> None:
     """EDGE 19: both made before either was archived; the second one is refused and changes nothing."""
     first = make_postgres(15)

@@ -251,6 +251,7 @@ def _refuse(*_: object, **__: object) -> None:
     raise WalFormatError(Lsn(0), "expected something else")
 
 
+@pytest.mark.slow
 @pytest.mark.fuse
 @pytest.mark.majors
 @pytest.mark.parametrize("major", MAJORS)
