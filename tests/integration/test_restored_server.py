@@ -139,6 +139,7 @@ def test_a_restored_server_goes_on_in_the_same_store(
         assert [each["tli"] for each in status["ranges"] if not each["abandoned"]][-1] == 3
 
 
+@pytest.mark.slow
 def test_a_second_restore_from_the_first_line(make_postgres: MakePostgres, place: Path) -> None:
     """EDGE 16, 19: the first try went back too far; the second one, from the old line, gets a tli of its own."""
     first = make_postgres(15)

@@ -56,7 +56,11 @@ def test_what_a_killed_build_left_is_removed_by_the_next(make_place: Callable[[i
 
 @pytest.mark.fuse
 @pytest.mark.parametrize(
-    ("verb", "why"), [(("snapshot",), "was terminated by signal 9"), (("branch", "victim"), "half written")]
+    ("verb", "why"),
+    [
+        pytest.param(("snapshot",), "was terminated by signal 9", marks=pytest.mark.slow),
+        (("branch", "victim"), "half written"),
+    ],
 )
 def test_recovery_is_never_begun_anew(
     make_place: Callable[[int], Place], verb: tuple[str, ...], why: str
