@@ -24,3 +24,10 @@ def keep_small() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, BIG_BLOCK_BYTES)
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where malloc is glibc's: worth it after a piece of work, for it takes milliseconds."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -13,6 +13,7 @@ import click
 
 from cli.config import Settings, store_options
 from cli.duration import Duration
+from cli.footprint import give_back, keep_small
 from cli.output import duration_text, emit_json, iso, say, warn
 from timeline.errors import Unavailable
 from timeline.ids import MAIN
@@ -63,6 +64,7 @@ def snapshot_command(
 
     # Whatever else this host does comes first, the archiver above all; server and mount inherit it.
     os.nice(NICENESS)
+    keep_small()
     prepare_libraries()
     from restore.branch_request import StoreAddress
     from restore.host import find_host
@@ -92,6 +94,8 @@ def snapshot_command(
         async with aclosing(found) as builds:
             async for build in builds:
                 done.append(build)
+                # Else it would stay while the next step replays, beside mount and prefetcher.
+                give_back()
                 if not settings.json and build.snapshot is not None:
                     say(_line(build))
                 warn(build.warnings)
