@@ -20,7 +20,7 @@ from timeline.ids import MAIN
 from timeline.size_text import size_text
 
 if TYPE_CHECKING:
-    from restore.snapshot_build import Build
+    from restore.overlay_snapshot import Build
 
 NICENESS = 10
 

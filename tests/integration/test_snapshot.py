@@ -16,11 +16,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from restore import snapshot_build, wal_files
+from restore import overlay_snapshot, wal_files
 from restore.branch import HostBranches
 from restore.branch_request import BranchRequest, StoreAddress
 from restore.host import find_host
-from restore.snapshot_build import newest_page
+from restore.overlay_snapshot import newest_page
 from tests.fix_postgres import MAJORS
 from tests.support.snapshot_place import Place, control_of, state_of, unexpected_pages
 from tests.support.workload import prepare, steps
@@ -238,7 +238,7 @@ def test_what_cannot_be_trusted_is_not_committed(
         with pytest.raises(CheckFailed, match="expected one made for"):
             place.build()
     with monkeypatch.context() as patch:
-        patch.setattr(snapshot_build, "newest_page", lambda _: before.snapshots[-1].lsn + (1 << 30))
+        patch.setattr(overlay_snapshot, "newest_page", lambda _: before.snapshots[-1].lsn + (1 << 30))
         with pytest.raises(CheckFailed, match="has a page of"):
             place.build()
     assert state_of(place.host.store) == before

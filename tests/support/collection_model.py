@@ -373,7 +373,7 @@ async def _back_up(actor: Actor) -> bool:
 
 
 async def build(actor: Actor) -> None:
-    """A delta on some snapshot, folded or not, as snapshot_build.py commits it."""
+    """A delta on some snapshot, folded or not, as overlay_snapshot.py commits it."""
     world = actor.world
     for _ in range(2):
         head = await _begun(actor)

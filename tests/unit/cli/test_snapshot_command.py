@@ -14,7 +14,7 @@ from cli.config import resolve
 from cli.snapshot import snapshot_command
 from cli.snapshot_schedule import RETRY_SECONDS, SnapshotSchedule
 from restore import agent_fork, snapshot_build
-from restore.snapshot_build import Build
+from restore.overlay_snapshot import Build
 from tests.support.manual_clock import ManualClock
 from timeline.lsn import Lsn
 from timeline.maintain.thin import RULES, Rule, rules_of_ages
