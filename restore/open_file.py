@@ -18,8 +18,7 @@ from typing import Protocol
 
 from restore.overlay import Overlay
 from restore.sparse import UNIT_BYTES, data_ranges, is_local
-
-_GROUP_BYTES = 128 << 10
+from timeline.format.extent import GROUP_BYTES
 
 
 class BaseContent(Protocol):
@@ -56,7 +55,7 @@ class OpenFile:
         self._base = base
         self._base_path = base_path
         self._valid_bytes = valid_bytes if base is not None else 0
-        self._complete = bytearray(-(-self._valid_bytes // _GROUP_BYTES))
+        self._complete = bytearray(-(-self._valid_bytes // GROUP_BYTES))
         """Groups known to be wholly local: they need no look at the holes."""
         self.unsynced_name = False
         """The overlay's file was made since the last fsync: so must its directories be synced."""
@@ -156,7 +155,7 @@ class OpenFile:
             return []
         if self.fd is None:
             return [(offset, end)]
-        first, last = offset // _GROUP_BYTES, (end - 1) // _GROUP_BYTES
+        first, last = offset // GROUP_BYTES, (end - 1) // GROUP_BYTES
         if all(self._complete[first : last + 1]):
             return []
         holes = []
@@ -169,8 +168,8 @@ class OpenFile:
             holes.append((at, end))
         if not holes:
             for group in range(first, last + 1):
-                start = group * _GROUP_BYTES
-                if is_local(self.fd, start, min(start + _GROUP_BYTES, self._valid_bytes)):
+                start = group * GROUP_BYTES
+                if is_local(self.fd, start, min(start + GROUP_BYTES, self._valid_bytes)):
                     self._complete[group] = 1
         return holes
 

@@ -44,7 +44,7 @@ from timeline.clock import Clock
 from timeline.errors import CheckFailed, LogConflict, Superseded, Unavailable
 from timeline.format import keys
 from timeline.format.branch_state import BUILT, BranchState, Snapshot, Tablespace
-from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS
+from timeline.format.extent import BLOCK_BYTES, GROUP_BLOCKS, GROUP_BYTES
 from timeline.format.file_listing import FileListing, read_file_listing, write_file_listing
 from timeline.format.log_change import AddSnapshot, DropSnapshots
 from timeline.format.manifest import FileRow, ManifestRef, PageRow
@@ -60,7 +60,6 @@ from timeline.store.base import Store
 _T = TypeVar("_T")
 
 _PACK_BYTES = 16 << 20
-_READ_BYTES = 128 << 10
 _BATCH_GROUPS = 32
 _BATCHES = 2
 """So many groups of 128 KiB are read at once: where all of one is stored anew, most of it comes from the store."""
@@ -114,6 +113,10 @@ class OverlaySnapshot:
         self._blocks = 0
 
     async def run(self, log: BranchLog, clock: Clock) -> Build:
+        """Store all of it and commit; a Build without a snapshot when another builder was faster.
+
+        Raises CheckFailed (what was built cannot be trusted), Unavailable, DamagedStore, MissingObject.
+        """
         previous = await self._boot_rows()
         boot = BootPack(self._store_id, clock, {(row.path, row.group): row.extent for row in previous})
         writer = ExtentWriter(
@@ -145,9 +148,7 @@ class OverlaySnapshot:
         data, files = await asyncio.to_thread(write_file_listing, self._rows, nonce=clock.token(NONCE_BYTES))
         await create_named(self._store, keys.manifest(files.digest), data)
         snapshot = self._snapshot(clock, files, (*self._parent.pages, *pages), boot_ref)
-        snapshot = await self._folded(
-            clock, snapshot, await asyncio.to_thread(read_file_listing, data, files)
-        )
+        snapshot = await self._folded(clock, snapshot, data)
         build = Build(
             snapshot,
             "",
@@ -177,14 +178,15 @@ class OverlaySnapshot:
                 await log.append(DropSnapshots(dropped))
         return build
 
-    async def _folded(self, clock: Clock, snapshot: Snapshot, listing: FileListing) -> Snapshot:
-        """The same, with few enough page manifests for its readers.
+    async def _folded(self, clock: Clock, snapshot: Snapshot, files: bytes) -> Snapshot:
+        """The same, with few enough page manifests for its readers; ``files``: the object of its listing.
 
         Folding waits until there are too many: groups that many snapshots changed are then stored anew once, and
         not at every second one.
         """
         if len({ref.lsn for ref in snapshot.pages}) <= 1 + MAX_DELTAS:
             return snapshot
+        listing = await asyncio.to_thread(read_file_listing, files, snapshot.files)
         fetcher = self._source.fetcher
         source = ExtentSource(snapshot, fetcher)
         pages = await fold_deltas(
@@ -279,7 +281,7 @@ class OverlaySnapshot:
 
             async def of_boot_set(item: tuple[int, int]) -> list[Group]:
                 group, database = item
-                raw = await opened.read(group * _READ_BYTES, _READ_BYTES)
+                raw = await opened.read(group * GROUP_BYTES, GROUP_BYTES)
                 return [Group(file.path, group, raw, UNKNOWN, None, database)]
 
             boot = {group: database for (path, group), database in places.items() if path == file.path}
@@ -330,8 +332,8 @@ class OverlaySnapshot:
         database: int,
     ) -> None:
         """A group of the boot set that did not change: the set is stored together."""
-        length = min(_READ_BYTES, row.size - group * _READ_BYTES)
-        raw = await self._source.content(row).read(group * _READ_BYTES, length)
+        length = min(GROUP_BYTES, row.size - group * GROUP_BYTES)
+        raw = await self._source.content(row).read(group * GROUP_BYTES, length)
         await writer.put(Group(row.path, group, raw, UNKNOWN, None, database))
 
     async def _put(self, writer: ExtentWriter, group: Group) -> None:

@@ -276,10 +276,8 @@ class _Builder:
                 storing = OverlaySnapshot(
                     self._store, store_id, threads, overlay, source, listing, target, began, self._rules
                 )
-                return await storing.run(self._log(), self._clock)
+                log = BranchLog(self._store, self._parent, self._clock, self._clock.token(8))
+                return await storing.run(log, self._clock)
             finally:
                 await fetcher.aclose()
                 overlay.close()
-
-    def _log(self) -> BranchLog:
-        return BranchLog(self._store, self._parent, self._clock, self._clock.token(8))
