@@ -269,7 +269,8 @@ class _Again:
 
 
 def _explain(instance: Instance, log_offset: int, code: int) -> TimelineError:
-    """Why it ended, in its own words: the first FATAL or PANIC of this start, with its hint, or the process it lost."""
+    """Why it ended, in its own words: the first FATAL or PANIC of this start, with its hint, or the process it lost, whichever
+    came first: after a loss Postgres ends the others, and what they say of that is no cause."""
     with instance.log.open("rb") as log:
         log.seek(log_offset)
         said = log.read(_FAILURE_LOG_BYTES)
@@ -282,6 +283,9 @@ def _explain(instance: Instance, log_offset: int, code: int) -> TimelineError:
     for number, line in enumerate(lines):
         failure = _FAILURE.search(line)
         if failure is None:
+            lost = _LOSS.search(line)
+            if lost is not None:
+                return _ended(instance, code, lost[1])
             continue
         following = [_DETAIL.search(later) for later in lines[number + 1 : number + 4]]
         more = "; ".join(match[1] for match in following if match)
@@ -289,10 +293,12 @@ def _explain(instance: Instance, log_offset: int, code: int) -> TimelineError:
             f"Postgres could not start: {failure[1]}" + (f" ({more})" if more else ""),
             hint=f"its log is {instance.log}",
         )
-    lost = (_LOSS.search(line) for line in lines)
-    last = next((match[1] for match in lost if match), lines[-1] if lines else "it said nothing")
+    return _ended(instance, code, lines[-1] if lines else "it said nothing")
+
+
+def _ended(instance: Instance, code: int, why: str) -> TimelineError:
     return TimelineError(
-        f"Postgres ended with {code} before it was ready: {last}", hint=f"its log is {instance.log}"
+        f"Postgres ended with {code} before it was ready: {why}", hint=f"its log is {instance.log}"
     )
 
 

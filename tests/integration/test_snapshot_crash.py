@@ -93,17 +93,21 @@ def test_recovery_is_never_begun_anew(
 
 
 def _kill_a_checkpointer(state: Path, child: subprocess.Popen[str]) -> None:
-    """Kill the first one that a server below ``state`` has."""
+    """Kill the first one that a server below ``state`` has while it recovers, which waits for that."""
     deadline = time.monotonic() + 60
     while True:
         assert child.poll() is None and time.monotonic() < deadline
         files = "branches/*/data/postmaster.pid"
         for path in [*state.glob(files), *state.glob(f"build/{files}")]:
             with contextlib.suppress(OSError, ValueError):
-                for pid, _ in children(int(path.read_text().split("\n")[0])):
-                    if "checkpointer" in Path(f"/proc/{pid}/cmdline").read_text():
-                        os.kill(pid, signal.SIGKILL)
-                        return
+                family = [pid for pid, _ in children(int(path.read_text().split("\n")[0]))]
+                roles = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in family}
+                checkpointer = [pid for pid, role in roles.items() if "checkpointer" in role]
+                for startup in (pid for pid, role in roles.items() if "startup" in role and checkpointer):
+                    os.kill(startup, signal.SIGSTOP)
+                    os.kill(checkpointer[0], signal.SIGKILL)
+                    os.kill(startup, signal.SIGCONT)
+                    return
         time.sleep(0.002)
 
 

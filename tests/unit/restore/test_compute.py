@@ -40,3 +40,8 @@ def test_the_reason_is_found_behind_a_long_recovery(tmp_path: Path) -> None:
     assert _explain(instance(log), 0, 1).message == "Postgres could not start: no room (make some)"
     log.write_text("2026-01-20 [7] FATAL:  no room\n")
     assert _explain(instance(log), 0, 1).message == "Postgres could not start: no room"
+    ended = "FATAL:  could not restore file from archive: child process was terminated by signal 3: Quit\n"
+    log.write_text(LOST + ended)
+    assert "checkpointer process (PID 9) was terminated by signal 9" in _explain(instance(log), 0, 1).message
+    log.write_text("PANIC:  no page\n" + LOST)
+    assert _explain(instance(log), 0, 1).message == "Postgres could not start: no page"
