@@ -12,7 +12,6 @@ checkpoint of its own yet is never resumed (EDGE 57), and Postgres begins that c
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import os
 import platform
@@ -38,8 +37,8 @@ from restore.lazy_host import lazy_obstacle
 from restore.local_branch import COPY, LAZY, LocalBranch, Origin, Server
 from restore.metered_store import MeteredStore
 from restore.plan import BranchPlan, WalSpan, bounds_as_of, make_plan
-from restore.prefetch import Prefetcher
 from restore.recovery import Recovery, is_whole, recovery_from_feed, recovery_in_place, signal_file
+from restore.replay_task import FEED, WAL, replay_task
 from restore.settings import branch_settings
 from restore.threads import to_the_end
 from restore.wal_files import Feed, WalReader, feed_wal, write_histories, write_wal
@@ -61,9 +60,6 @@ from timeline.store.open import open_store
 
 PORT = 5432
 """Every branch has a socket directory of its own, so all can have the usual port."""
-NEAR_PREFETCH_BYTES = 64 << 20
-"""With less WAL to replay from a store on this host the prefetcher would take longer to start than it saves: there it
-saves only where replay reads many blocks of each group."""
 _READY_SECONDS = 300.0
 _REPLAY_BYTES_PER_SECOND = 2_000_000
 """Slower replay than this, with a store far away, is taken for a hang."""
@@ -94,7 +90,6 @@ class BranchMaker:
         self._environ = environ
         self._warnings: list[str] = []
         self._near = False
-        self._prefetcher: Prefetcher | None = None
         self._first_start: Launch | None = None
 
     @property
@@ -116,14 +111,8 @@ class BranchMaker:
         self._near = isinstance(opened, NearStore)
         self.store = MeteredStore(opened)
         try:
-            if not self._near:
-                # There is nearly always something to replay, and while the store is waited for the processor has nothing to do.
-                self._begin_prefetcher()
             return await self._make(self.store)
         finally:
-            if self._prefetcher is not None:
-                self._prefetcher.stop()
-                await to_the_end(self._prefetcher.reap)
             await self.store.aclose()
 
     async def _make(self, store: Store) -> LocalBranch:
@@ -141,10 +130,7 @@ class BranchMaker:
         plan = plan_branch(history, target, incarnation)
         self._warnings += [*await history.remarks(target.tli), *_remarks(target)]
         self._record(store, plan, target, binaries)
-        if self._near and plan.replayed_bytes > NEAR_PREFETCH_BYTES:
-            self._begin_prefetcher()
-        wal = self._host.make_private(self._directory / "wal")
-        self._tell_prefetcher(plan)
+        wal = self._host.make_private(self._directory / WAL)
         write_histories(plan, wal, self._host)
         instance = Instance(self._host, binaries, self.data, self._directory / "postgres.log")
         control: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -163,7 +149,7 @@ class BranchMaker:
             await together(showing, writing)
             postmaster = await self._recover(instance, plan, recovery_in_place(plan))
         else:
-            feed = Feed(self._directory / "feed")
+            feed = Feed(self._directory / FEED)
             feed.create(self._host)
             feeding = asyncio.create_task(
                 feed_wal(
@@ -196,24 +182,8 @@ class BranchMaker:
         if self.request.listen is not None:
             postmaster = await self._listen(instance, postmaster)
         self._note(postmaster)
-        shutil.rmtree(self._directory / "feed", ignore_errors=True)
+        shutil.rmtree(self._directory / FEED, ignore_errors=True)
         return self.branch
-
-    def _begin_prefetcher(self) -> None:
-        if self.branch.mode != LAZY:
-            return
-        # A help and nothing more.
-        with contextlib.suppress(OSError):
-            self._prefetcher = Prefetcher.begin(self._directory)
-
-    def _tell_prefetcher(self, plan: BranchPlan) -> None:
-        """It begins as soon as the mount stands and the first segment is there."""
-        if self._prefetcher is None:
-            return
-        if plan.replayed_bytes > 0:
-            self._prefetcher.work(plan, self._directory, self.data, near=self._near)
-        else:
-            self._prefetcher.stop()
 
     async def _when(self, history: History) -> When:
         when = self.request.when
@@ -279,7 +249,12 @@ class BranchMaker:
         """Lazy: mount, and change what shows through the mount."""
         await to_the_end(lambda: make_overlay(self._directory))
         await mount_data(
-            self._directory, self.branch, plan.snapshot, self._host, cache_bytes=self.request.cache_bytes
+            self._directory,
+            self.branch,
+            plan.snapshot,
+            self._host,
+            cache_bytes=self.request.cache_bytes,
+            replay=replay_task(plan, self._directory, near=self._near),
         )
 
         def change() -> None:
@@ -321,8 +296,6 @@ class BranchMaker:
         try:
             postmaster = await starting.wait(self._clock, ready_seconds=ready_seconds(plan.replayed_bytes))
         finally:
-            if self._prefetcher is not None:
-                self._prefetcher.stop()
             await asyncio.gather(syncing, return_exceptions=True)
         syncing.result()
         return postmaster

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 from restore import agent, mount_table
@@ -12,6 +13,7 @@ from restore.mount_control import refresh_stats
 from restore.mount_spec import MountSpec, MountStats, encode_spec, read_stats
 from restore.overlay import Overlay
 from restore.pin_keeper import PinNote, read_note
+from restore.replay_task import ReplayTask
 from restore.threads import to_the_end
 from timeline.errors import TimelineError
 from timeline.format.branch_state import Snapshot
@@ -26,9 +28,15 @@ def make_overlay(directory: Path) -> Overlay:
 
 
 async def mount_data(
-    directory: Path, branch: LocalBranch, snapshot: Snapshot, host: Host, *, cache_bytes: int
+    directory: Path,
+    branch: LocalBranch,
+    snapshot: Snapshot,
+    host: Host,
+    *,
+    cache_bytes: int,
+    replay: ReplayTask | None,
 ) -> None:
-    """Write ``mount.json`` and mount ``data``; raises TimelineError."""
+    """Write ``mount.json`` and mount ``data`` for that replay; raises TimelineError."""
     origin = branch.origin
     if origin is None:
         raise TimelineError(f"branch {branch.name!r} does not know its store")
@@ -52,9 +60,13 @@ async def mount_data(
         expires=branch.expires,
         pin=str(directory / PIN),
         name=branch.name,
+        replay=replay,
     )
-    (directory / "mount.json").write_bytes(encode_spec(spec))
-    await to_the_end(lambda: agent.mount(host.state, directory / "mount.json"))
+    file = directory / "mount.json"
+    file.write_bytes(encode_spec(spec))
+    await to_the_end(lambda: agent.mount(host.state, file))
+    # The next mount, after a stop, has no replay before it. Nobody makes that one before this branch is ready.
+    file.write_bytes(encode_spec(dataclasses.replace(spec, replay=None)))
 
 
 async def remount_data(directory: Path, host: Host) -> None:

@@ -21,7 +21,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -35,6 +35,7 @@ from restore.mount_control import BlockRange
 from restore.mount_spec import MountSpec, MountStats, decode_spec
 from restore.overlay import FILE, Overlay
 from restore.pin_keeper import keep_pinned
+from restore.prefetch import END_SECONDS, Prefetcher
 from restore.source import ExtentSource
 from restore.tree import Tree
 from timeline.catalog.branch_log import read_head
@@ -68,11 +69,12 @@ _LOG_BYTES = 16 << 20
 """A log longer than this at the start of a mount is begun anew."""
 
 Ready = Callable[[], None]
+EndPrefetcher = Callable[[], Awaitable[None]]
 
 
-async def serve(spec: MountSpec, clock: Clock, ready: Ready) -> None:
+async def serve(spec: MountSpec, clock: Clock, ready: Ready, prefetcher: Prefetcher | None = None) -> None:
     """Mount, call ``ready``, serve until unmounted or told to stop; raises TimelineError when it cannot
-    begin."""
+    begin. ``prefetcher``: reads the mount until the replay that it is made for is over."""
     counters = Counters()
     async with contextlib.AsyncExitStack() as stack:
         store = await open_store(
@@ -118,7 +120,8 @@ async def serve(spec: MountSpec, clock: Clock, ready: Ready) -> None:
                 _background(stats.write_regularly(clock)),
                 _background(_rest_when_idle(fetcher, operations, clock)),
                 _background(_keep_pinned(store, spec, clock)),
-                _stopping(spec.mountpoint, clock),
+                _watching(prefetcher, clock) as end_prefetcher,
+                _stopping(spec.mountpoint, clock, end_prefetcher),
             ):
                 await pyfuse3.main(min_tasks=_IDLE_WORKERS)
         finally:
@@ -130,11 +133,16 @@ async def serve(spec: MountSpec, clock: Clock, ready: Ready) -> None:
 def run(spec_path: str, ready_fd: int) -> NoReturn:
     """The whole life of a mount process; ends it."""
     code = 0
+    prefetcher: Prefetcher | None = None
     try:
         spec = decode_spec(Path(spec_path).read_bytes(), spec_path)
         _start_logging(spec.log)
         _raise_descriptor_limit()
-        asyncio.run(serve(spec, SystemClock(), lambda: _tell(ready_fd, {"ready": True})))
+        if spec.replay is not None:
+            # A help and nothing more.
+            with contextlib.suppress(OSError):
+                prefetcher = Prefetcher.begin(spec.replay, spec.mountpoint, not_to_keep=ready_fd)
+        asyncio.run(serve(spec, SystemClock(), lambda: _tell(ready_fd, {"ready": True}), prefetcher))
     except TimelineError as error:
         _log.error("%s", error.message)
         _tell(ready_fd, {"error": error.message, "hint": error.hint, "exit_code": error.exit_code})
@@ -145,6 +153,8 @@ def run(spec_path: str, ready_fd: int) -> NoReturn:
             ready_fd, {"error": f"the mount process failed: {error!r}", "hint": "see its log", "exit_code": 1}
         )
         code = 1
+    if prefetcher is not None:
+        prefetcher.kill()
     logging.shutdown()
     # Without the interpreter's own clearing up: it costs time, and everything durable is done.
     os._exit(code)
@@ -280,12 +290,35 @@ def _tune(mountpoint: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _stopping(mountpoint: str, clock: Clock) -> AsyncIterator[None]:
+async def _watching(prefetcher: Prefetcher | None, clock: Clock) -> AsyncIterator[EndPrefetcher]:
+    """Reap it; it is ended with the mount, or with what this gives: whoever has files open would keep the mount busy."""
+    if prefetcher is None:
+        yield _nothing_to_end
+        return
+    async with _background(prefetcher.ended(clock)) as ended:
+
+        async def end() -> None:
+            prefetcher.kill()
+            await asyncio.wait({ended}, timeout=END_SECONDS)
+
+        try:
+            yield end
+        finally:
+            prefetcher.kill()
+
+
+async def _nothing_to_end() -> None:
+    pass
+
+
+@contextlib.asynccontextmanager
+async def _stopping(mountpoint: str, clock: Clock, end_prefetcher: EndPrefetcher) -> AsyncIterator[None]:
     """SIGTERM unmounts; the loop goes on answering meanwhile, for unmounting asks it."""
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()
 
     async def stop() -> None:
+        await end_prefetcher()
         busy = await loop.run_in_executor(None, mount_table.unmount, mountpoint)
         if busy:
             _log.warning("%s was in use: detached", mountpoint)

@@ -1,42 +1,41 @@
 """Have in the kernel's page cache what a replay will read, before the replay gets there.
 
-A process of its own: it reads the same private segment files, finds out which blocks replay will read (replay_reads),
-has the mount fetch them from a store that is far away, many to a request, and reads them through the mount. So the
-store's latency is paid in parallel, and Postgres, which asks for 8 KiB at a time, is answered by the kernel rather than
-by the mount. It is a help and nothing more: it may fail, or be late, and is stopped when the server is ready.
+A process of its own: it reads the same private segment files as they appear, finds out which blocks replay will read
+(replay_reads), has the mount fetch them from a store that is far away, many to a request, and reads them through the mount.
+So the store's latency is paid in parallel, the mount works while Postgres starts, and Postgres, which asks for 8 KiB at a
+time, is answered by the kernel rather than by the mount. It is a help and nothing more: it may fail, or be late.
 
-The child is begun while the branch is still being planned out, imports what it needs, and is told its task once there is a
-plan: it waits for the mount and for the first segment. Bounds: one segment and ``WINDOW_BYTES`` of WAL in memory, ``READERS``
-reads at once, ``OPEN_FILES`` files open at a time, about; ``ASKED_RANGES`` asked of the mount.
+A mount that is made for a replay forks it before it serves anything: it has imported all that is needed, and shares its memory.
+Bounds: ``WINDOW_BYTES`` of WAL in memory, twice, and what it touches; ``READERS`` reads at once, ``OPEN_FILES`` files open at a
+time, about; ``ASKED_RANGES`` asked of the mount.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import json
+import logging
 import os
-import subprocess
-import sys
+import signal
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import NoReturn, TypeVar
+
+import setproctitle
 
 from restore.mount_control import BlockRange, prefetch, stands
-from restore.plan import BranchPlan, SegmentFile
+from restore.plan import SegmentFile
+from restore.replay_reads import ReplayReads
+from restore.replay_task import ReplayTask
 from timeline.clock import Clock, SystemClock
 from timeline.errors import TimelineError
 from timeline.format.extent import BLOCK_BYTES
-from timeline.format.value_json import from_json, to_json
 from timeline.lsn import Lsn
 
-if TYPE_CHECKING:
-    from restore.replay_reads import ReplayReads
-
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 WINDOW_BYTES = 16 << 20
 """WAL looked at together, at most."""
@@ -46,117 +45,76 @@ ASKED_RANGES = 10_000
 """Asked of the mount and not read yet, at most."""
 READERS = 4
 OPEN_FILES = 64
-REAP_SECONDS = 0.5
-"""Whoever makes a branch waits no longer: one that was killed ends by itself when what it asked of the mount is answered."""
+END_SECONDS = 0.5
+"""Whoever ends it waits no longer: it is gone when the mount has answered what it asked."""
+_REAP_SECONDS = 0.05
 _WAIT_SECONDS = 60.0
-_POLL_SECONDS = 0.01
+_POLL_SECONDS = 0.005
 _STATUS_DIRECTORIES = ("pg_xact", "pg_multixact/offsets", "pg_multixact/members", "pg_commit_ts")
 _STATUS_BLOCKS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class PrefetchTask:
-    """What the child needs to know."""
-
-    data: str
-    """Mount point."""
-    places: tuple[str, ...]
-    """Directories where segment files appear, in the order in which they are looked at."""
-    segments: tuple[SegmentFile, ...]
-    redo: Lsn
-    end: Lsn
-    segment_bytes: int
-    relation_segment_bytes: int
-    tablespace_directory: str
-    """Name of the version's directory inside a tablespace, ``PG_15_202209061``."""
-    near: bool
-    """Whether the store is on this host: then there is nothing to fetch ahead."""
-
-
 class Prefetcher:
-    """A child at work."""
+    """A child at work, for the mount that it is a child of."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._gone = False
 
     @classmethod
-    def begin(cls, directory: Path) -> Prefetcher:
-        """Start the child for a branch in that directory: it imports what it needs."""
-        root = os.fspath(Path(__file__).parent.parent)
-        code = f"import sys; sys.path.insert(0, {root!r}); from restore.prefetch import main; main()"
-        with (directory / "prefetch.log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=log, stderr=log, cwd="/"
-            )
-        return cls(process)
+    def begin(cls, task: ReplayTask, mountpoint: str, *, not_to_keep: int) -> Prefetcher:
+        """Fork it, without that descriptor. Only for a process with one thread, and before it has the file system's own."""
+        pid = os.fork()
+        if pid == 0:
+            os.close(not_to_keep)
+            _become_prefetcher(task, mountpoint)
+        return cls(pid)
 
-    def work(self, plan: BranchPlan, directory: Path, data: Path, *, near: bool) -> None:
-        """Have it prefetch, as soon as the mount stands and segments appear."""
-        task = PrefetchTask(
-            data=str(data),
-            places=(str(directory / "feed"), str(directory / "wal")),
-            segments=plan.segments,
-            redo=plan.snapshot.lsn,
-            end=plan.lsn,
-            segment_bytes=plan.incarnation.segment_bytes,
-            relation_segment_bytes=plan.incarnation.relation_segment_bytes,
-            tablespace_directory=f"PG_{plan.incarnation.major}_{plan.incarnation.catalog_version}",
-            near=near,
-        )
-        if self._process.stdin is not None:
-            # It is a help and nothing more: one that has died is not missed.
-            with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
-                pipe.write(json.dumps(to_json(task)).encode())
+    async def ended(self, clock: Clock) -> None:
+        """Wait for its end. Never in one system call: its last ones may be requests to the mount that waits here."""
+        while os.waitpid(self._pid, os.WNOHANG) == (0, 0):  # noqa: ASYNC222 - that does not wait
+            await clock.sleep(_REAP_SECONDS)
+        self._gone = True
 
-    def stop(self) -> None:
-        """End it, and do not wait: what it has asked of the mount has to be answered first. Harmless when it has ended."""
-        self._process.kill()
-
-    def reap(self) -> None:
-        """Wait for its end, REAP_SECONDS at most; after ``stop``."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(REAP_SECONDS)
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+    def kill(self) -> None:
+        """End it, without waiting; harmless when it has ended."""
+        if not self._gone:
+            os.kill(self._pid, signal.SIGKILL)
 
 
-def main() -> None:
-    """The child."""
-    with ThreadPoolExecutor(1) as reader:
-        # Whoever writes must not wait for what is imported here.
-        telling = reader.submit(sys.stdin.read)
-        importlib.import_module("restore.replay_reads")
-        told = telling.result()
-    if not told:
-        return
+def _become_prefetcher(task: ReplayTask, mountpoint: str) -> NoReturn:
     try:
-        run(from_json(PrefetchTask, json.loads(told)), SystemClock())
+        setproctitle.setproctitle(f"tl prefetch {mountpoint}")
+        run(task, mountpoint, SystemClock())
+        _log.info("prefetched what the replay reads")
     except (TimelineError, OSError, ValueError) as error:
-        print(f"prefetch: {error}", file=sys.stderr)
+        _log.warning("prefetch: %s", error)
+    except BaseException:  # noqa: BLE001 - the last line of a process
+        _log.exception("prefetch")
+    finally:
+        os._exit(0)
 
 
-def run(task: PrefetchTask, clock: Clock) -> None:
+def run(task: ReplayTask, mountpoint: str, clock: Clock) -> None:
     """Read everything; raises OSError, WalFormatError and TimelineError."""
-    from restore.replay_reads import ReplayReads
-
-    data = Path(task.data)
+    data = Path(mountpoint)
     reads = ReplayReads(task.segment_bytes, task.relation_segment_bytes, task.tablespace_directory)
     with Warmer(data) as warmer, ThreadPoolExecutor(1) as asking, ThreadPoolExecutor(1) as reading:
         # Neither looking through the WAL nor asking waits for what comes after it: what the mount knows of comes in fewer
         # requests, and what it was not asked for yet must not be read.
         under_way: deque[tuple[int, Future[None]]] = deque()
-        for wanted in batches(task, reads, clock):
+        for wanted in batches(task, data, reads, clock):
             while under_way and sum(count for count, _ in under_way) + len(wanted) > ASKED_RANGES:
                 under_way.popleft()[1].result()
-            asked = asking.submit(_ask, task, wanted)
+            asked = asking.submit(_ask, task, data, wanted)
             under_way.append((len(wanted), reading.submit(_read_when_asked, warmer, asked, wanted)))
         for _, read in under_way:
             read.result()
 
 
-def _ask(task: PrefetchTask, wanted: Sequence[BlockRange]) -> None:
+def _ask(task: ReplayTask, data: Path, wanted: Sequence[BlockRange]) -> None:
     if not task.near:
-        prefetch(task.data, wanted)
+        prefetch(data, wanted)
 
 
 def _read_when_asked(warmer: Warmer, asked: Future[None], wanted: Sequence[BlockRange]) -> None:
@@ -164,16 +122,17 @@ def _read_when_asked(warmer: Warmer, asked: Future[None], wanted: Sequence[Block
     warmer.read(wanted)
 
 
-def batches(task: PrefetchTask, reads: ReplayReads, clock: Clock) -> Iterator[list[BlockRange]]:
-    """What replay reads, about in its order: BATCH_RANGES at a time, or as much as the WAL tells of that is there."""
-    _wait_for(lambda: stands(task.data) or None, "the mount", clock)
-    batch = list(status_files(Path(task.data)))
+def batches(task: ReplayTask, data: Path, reads: ReplayReads, clock: Clock) -> Iterator[list[BlockRange]]:
+    """What replay reads, about in its order: BATCH_RANGES at a time, or as much as the WAL tells of that is there; from a store
+    on this host there is nothing to be gained by waiting for more."""
+    _wait_for(lambda: stands(data) or None, "the mount", clock)
+    batch = list(status_files(data))
     for start, wal, more in windows(task, clock):
         batch += reads.of(wal, start)
         while len(batch) >= BATCH_RANGES:
             yield batch[:BATCH_RANGES]
             del batch[:BATCH_RANGES]
-        if batch and not more:
+        if batch and (task.near or not more):
             yield batch
             batch = []
 
@@ -234,7 +193,7 @@ def status_files(data: Path) -> Iterator[BlockRange]:
             yield BlockRange(f"{directory}/{names[-1]}", 0, _STATUS_BLOCKS)
 
 
-def windows(task: PrefetchTask, clock: Clock) -> Iterator[tuple[Lsn, bytes, bool]]:
+def windows(task: ReplayTask, clock: Clock) -> Iterator[tuple[Lsn, bytes, bool]]:
     """The WAL from the redo point on, cut at multiples of WINDOW_BYTES; with each part, whether the next one is there already.
 
     A record across a cut is known in neither part; its blocks are left out.
@@ -250,11 +209,11 @@ def windows(task: PrefetchTask, clock: Clock) -> Iterator[tuple[Lsn, bytes, bool
             at = stop
 
 
-def _is_there(task: PrefetchTask, segment: SegmentFile) -> bool:
+def _is_there(task: ReplayTask, segment: SegmentFile) -> bool:
     return any((Path(place) / segment.name).exists() for place in task.places)
 
 
-def _read(task: PrefetchTask, segment: SegmentFile, clock: Clock) -> bytes:
+def _read(task: ReplayTask, segment: SegmentFile, clock: Clock) -> bytes:
     """The segment's file, once it has appeared; it may move from the feed to pg_wal meanwhile."""
 
     def found() -> bytes | None:

@@ -23,7 +23,8 @@ from restore.branch import HostBranches
 from restore.branch_request import BranchRequest, BranchResult, Listen, StoreAddress
 from restore.isolation import isolate
 from restore.local_branch import MAKING, READY
-from restore.process import start_time
+from restore.mount_spec import decode_spec
+from restore.process import children, start_time
 from restore.recovery import Recovery
 from tests.support.archived_server import ArchivedServer, archived_server
 from tests.support.first_checkpoint import wait_for_first_checkpoint
@@ -179,13 +180,47 @@ def test_long_replays_are_fed_and_prefetched(bench: Bench, monkeypatch: pytest.M
     server.sql("insert into wide select g, repeat('x', 300) from generate_series(1, 30000) g")
     bench.archived.position()
     monkeypatch.setattr("restore.recovery.WHOLE_BYTES", 0)
-    monkeypatch.setattr("restore.branch_make.NEAR_PREFETCH_BYTES", 0)
     made = bench.create(name="long")
     assert value(made, "select count(*) from wide where pad like 'x%'") == 30000
     directory = bench.state / "branches" / made.id
-    assert (directory / "prefetch.log").read_text() == ""
+    wait_for_prefetcher(bench, made)
+    assert decode_spec((directory / "mount.json").read_bytes(), directory).replay is None, (
+        "not at the next mount"
+    )
     assert not (directory / "feed").exists()
     server.sql("drop table wide")
+
+
+def wait_for_prefetcher(bench: Bench, made: BranchResult) -> None:
+    """Until it has done its work, and is gone."""
+    log = bench.state / "branches" / made.id / "mount.log"
+    mount = next(
+        each.pid for each in agent.mounts(bench.state) if str(each.mountpoint) == made.data_directory
+    )
+    deadline = time.monotonic() + 20
+    while "prefetched what the replay reads" not in log.read_text() or children(mount):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    assert "WARNING" not in log.read_text() and "ERROR" not in log.read_text()
+
+
+def test_a_prefetcher_keeps_nobody(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits for WAL that never comes ends with its mount, and the mount does not wait for it."""
+    monkeypatch.setattr("restore.replay_task.FEED", "elsewhere")
+    monkeypatch.setattr("restore.replay_task.WAL", "elsewhere")
+    bench.archived.server.sql("create table waited (n int)")
+    bench.archived.position()
+    made = bench.create(name="waiting")
+    mount = next(
+        each.pid for each in agent.mounts(bench.state) if str(each.mountpoint) == made.data_directory
+    )
+    ((prefetcher, began),) = children(mount)
+    began_to_stop = time.monotonic()
+    asyncio.run(bench.branches.stop("waiting"))
+    assert time.monotonic() - began_to_stop < 10
+    assert start_time(prefetcher) != began
+    assert "was in use" not in (bench.state / "branches" / made.id / "mount.log").read_text()
+    bench.archived.server.sql("drop table waited")
 
 
 def test_a_name_is_a_name(bench: Bench) -> None:

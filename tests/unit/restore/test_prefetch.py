@@ -6,8 +6,9 @@ from pathlib import Path
 
 from restore.mount_control import BlockRange
 from restore.plan import SegmentFile
-from restore.prefetch import WINDOW_BYTES, PrefetchTask, batches, status_files, windows
+from restore.prefetch import WINDOW_BYTES, batches, status_files, windows
 from restore.replay_reads import ReplayReads
+from restore.replay_task import ReplayTask
 from tests.support.manual_clock import ManualClock
 from timeline.lsn import Lsn
 
@@ -31,15 +32,13 @@ def test_windows_begin_at_the_redo_point_and_end_with_the_wal(tmp_path: Path) ->
     (wal / "first").write_bytes(content[:size])
     (feed / "second").write_bytes(content[size:])
     end = begin + size + 5 * MIB
-    task = PrefetchTask(
-        data="/data",
+    task = ReplayTask(
         places=(str(feed), str(wal)),
         segments=(
             SegmentFile("first", begin, Lsn(begin + size)),
             SegmentFile("second", Lsn(begin + size), Lsn(end)),
         ),
         redo=Lsn(begin + 6 * MIB),
-        end=Lsn(end),
         segment_bytes=size,
         relation_segment_bytes=1 << 30,
         tablespace_directory="PG_15_202209061",
@@ -78,16 +77,14 @@ def test_it_is_told_before_the_mount_stands(tmp_path: Path) -> None:
             else:
                 (wal / "first").write_bytes(bytes(size))
 
-    task = PrefetchTask(
-        data=str(data),
+    task = ReplayTask(
         places=(str(wal),),
         segments=(SegmentFile("first", Lsn(size), Lsn(2 * size)),),
         redo=Lsn(size),
-        end=Lsn(2 * size),
         segment_bytes=size,
         relation_segment_bytes=1 << 30,
         tablespace_directory="PG_15_202209061",
         near=False,
     )
     reads = ReplayReads(size, 1 << 30, "PG_15_202209061")
-    assert list(batches(task, reads, Clock())) == [[BlockRange("pg_xact/0000", 0, 32)]]
+    assert list(batches(task, data, reads, Clock())) == [[BlockRange("pg_xact/0000", 0, 32)]]
