@@ -13,8 +13,8 @@ def own_command(*arguments: str) -> tuple[str, ...]:
 
 
 def attached_command(*arguments: str) -> tuple[str, ...]:
-    """The same as a child that does not outlive this process (``cli/attached.py``)."""
-    return _command(f"from cli.attached import attach; attach({os.getpid()}); ", arguments)
+    """The same as a child that does not outlive this process (``restore/attached.py``)."""
+    return _command(f"from restore.attached import attach; attach({os.getpid()}); ", arguments)
 
 
 def _command(first: str, arguments: tuple[str, ...]) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ from restore.local_branch import COPY, LAZY, LocalBranch, Origin, Server
 from restore.metered_store import MeteredStore
 from restore.plan import BranchPlan, WalSpan, bounds_as_of, make_plan
 from restore.recovery import Recovery, is_whole, recovery_from_feed, recovery_in_place, signal_file
-from restore.replay_task import FEED, WAL, replay_task
+from restore.replay_task import FEED, WAL, announce, withdraw
 from restore.settings import branch_settings
 from restore.threads import to_the_end
 from restore.wal_files import Feed, WalReader, feed_wal, write_histories, write_wal
@@ -248,13 +248,9 @@ class BranchMaker:
     async def _show(self, store: Store, plan: BranchPlan, binaries: Binaries, wal: Path) -> None:
         """Lazy: mount, and change what shows through the mount."""
         await to_the_end(lambda: make_overlay(self._directory))
+        announce(plan, self._directory, near=self._near)
         await mount_data(
-            self._directory,
-            self.branch,
-            plan.snapshot,
-            self._host,
-            cache_bytes=self.request.cache_bytes,
-            replay=replay_task(plan, self._directory, near=self._near),
+            self._directory, self.branch, plan.snapshot, self._host, cache_bytes=self.request.cache_bytes
         )
 
         def change() -> None:
@@ -296,6 +292,7 @@ class BranchMaker:
         try:
             postmaster = await starting.wait(self._clock, ready_seconds=ready_seconds(plan.replayed_bytes))
         finally:
+            withdraw(self._directory)
             await asyncio.gather(syncing, return_exceptions=True)
         syncing.result()
         return postmaster

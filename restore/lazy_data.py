@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from pathlib import Path
 
 from restore import agent, mount_table
@@ -13,7 +12,7 @@ from restore.mount_control import refresh_stats
 from restore.mount_spec import MountSpec, MountStats, encode_spec, read_stats
 from restore.overlay import Overlay
 from restore.pin_keeper import PinNote, read_note
-from restore.replay_task import ReplayTask
+from restore.replay_task import replay_file
 from restore.threads import to_the_end
 from timeline.errors import TimelineError
 from timeline.format.branch_state import Snapshot
@@ -28,15 +27,9 @@ def make_overlay(directory: Path) -> Overlay:
 
 
 async def mount_data(
-    directory: Path,
-    branch: LocalBranch,
-    snapshot: Snapshot,
-    host: Host,
-    *,
-    cache_bytes: int,
-    replay: ReplayTask | None,
+    directory: Path, branch: LocalBranch, snapshot: Snapshot, host: Host, *, cache_bytes: int
 ) -> None:
-    """Write ``mount.json`` and mount ``data`` for that replay; raises TimelineError."""
+    """Write ``mount.json`` and mount ``data``; raises TimelineError."""
     origin = branch.origin
     if origin is None:
         raise TimelineError(f"branch {branch.name!r} does not know its store")
@@ -60,13 +53,10 @@ async def mount_data(
         expires=branch.expires,
         pin=str(directory / PIN),
         name=branch.name,
-        replay=replay,
+        replay=str(replay_file(directory)),
     )
-    file = directory / "mount.json"
-    file.write_bytes(encode_spec(spec))
-    await to_the_end(lambda: agent.mount(host.state, file))
-    # The next mount, after a stop, has no replay before it. Nobody makes that one before this branch is ready.
-    file.write_bytes(encode_spec(dataclasses.replace(spec, replay=None)))
+    (directory / "mount.json").write_bytes(encode_spec(spec))
+    await to_the_end(lambda: agent.mount(host.state, directory / "mount.json"))
 
 
 async def remount_data(directory: Path, host: Host) -> None:

@@ -5,8 +5,9 @@ The process tells through a pipe, in one JSON line, that the mount stands (``{"r
 mount point left over by a mount that was killed is detached first; that no two processes serve one overlay is
 the overlay's lock.
 
-Start: listing and overlay are opened, the kernel mounts, ready is told; footers of the page manifests and the
-boot set come meanwhile, and reach the disk cache when the branch has started.
+Start: the prefetcher of a replay is forked, while there is one thread and nothing open; listing and overlay are opened, the
+kernel mounts, ready is told; footers of the page manifests and the boot set come meanwhile, and reach the disk cache when the
+branch has started.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ EndPrefetcher = Callable[[], Awaitable[None]]
 
 async def serve(spec: MountSpec, clock: Clock, ready: Ready, prefetcher: Prefetcher | None = None) -> None:
     """Mount, call ``ready``, serve until unmounted or told to stop; raises TimelineError when it cannot
-    begin. ``prefetcher``: reads the mount until the replay that it is made for is over."""
+    begin. ``prefetcher``: reads the mount, and must not keep it from being unmounted."""
     counters = Counters()
     async with contextlib.AsyncExitStack() as stack:
         store = await open_store(
@@ -133,16 +134,17 @@ async def serve(spec: MountSpec, clock: Clock, ready: Ready, prefetcher: Prefetc
 def run(spec_path: str, ready_fd: int) -> NoReturn:
     """The whole life of a mount process; ends it."""
     code = 0
-    prefetcher: Prefetcher | None = None
     try:
         spec = decode_spec(Path(spec_path).read_bytes(), spec_path)
         _start_logging(spec.log)
         _raise_descriptor_limit()
-        if spec.replay is not None:
-            # A help and nothing more.
-            with contextlib.suppress(OSError):
-                prefetcher = Prefetcher.begin(spec.replay, spec.mountpoint, not_to_keep=ready_fd)
-        asyncio.run(serve(spec, SystemClock(), lambda: _tell(ready_fd, {"ready": True}), prefetcher))
+        clock = SystemClock()
+        prefetcher = _begin_prefetcher(spec, ready_fd)
+        try:
+            asyncio.run(serve(spec, clock, lambda: _tell(ready_fd, {"ready": True}), prefetcher))
+        finally:
+            if prefetcher is not None:
+                prefetcher.end(clock)
     except TimelineError as error:
         _log.error("%s", error.message)
         _tell(ready_fd, {"error": error.message, "hint": error.hint, "exit_code": error.exit_code})
@@ -153,11 +155,20 @@ def run(spec_path: str, ready_fd: int) -> NoReturn:
             ready_fd, {"error": f"the mount process failed: {error!r}", "hint": "see its log", "exit_code": 1}
         )
         code = 1
-    if prefetcher is not None:
-        prefetcher.kill()
     logging.shutdown()
     # Without the interpreter's own clearing up: it costs time, and everything durable is done.
     os._exit(code)
+
+
+def _begin_prefetcher(spec: MountSpec, ready_fd: int) -> Prefetcher | None:
+    """``None``: there is nothing to replay, or no process to be had."""
+    if spec.replay is None or not os.path.exists(spec.replay):
+        return None
+    try:
+        return Prefetcher.begin(Path(spec.replay), spec.mountpoint, not_to_keep=ready_fd)
+    except OSError as error:
+        _log.warning("no prefetcher: %s", error)
+        return None
 
 
 class _Stats:

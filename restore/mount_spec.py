@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from restore.replay_task import ReplayTask
 from timeline.clock import Micros
 from timeline.errors import TimelineError
 from timeline.format.branch_state import Snapshot
@@ -51,8 +50,8 @@ class MountSpec:
     """What people call the branch."""
     patience_seconds: int = 90
     """How long a read waits for a store that does not answer before it fails with EIO."""
-    replay: ReplayTask | None = None
-    """What Postgres will replay as soon as it stands; of the first mount of a branch only."""
+    replay: str | None = None
+    """File that says what Postgres is about to replay (restore/replay_task.py); it need not be there."""
 
 
 @dataclass(frozen=True, slots=True)

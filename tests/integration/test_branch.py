@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -21,11 +23,13 @@ import pytest
 from restore import agent, mount_table, recovery
 from restore.branch import HostBranches
 from restore.branch_request import BranchRequest, BranchResult, Listen, StoreAddress
+from restore.compute import Instance, Launch, launch
 from restore.isolation import isolate
 from restore.local_branch import MAKING, READY
-from restore.mount_spec import decode_spec
+from restore.plan import BranchPlan, SegmentFile
 from restore.process import children, start_time
 from restore.recovery import Recovery
+from restore.replay_task import announce, read_task, replay_file
 from tests.support.archived_server import ArchivedServer, archived_server
 from tests.support.first_checkpoint import wait_for_first_checkpoint
 from tests.support.postgres import PostgresServer, free_port, scratch
@@ -33,6 +37,7 @@ from timeline.catalog.when import AtLsn, AtTime, Latest
 from timeline.clock import SystemClock
 from timeline.errors import DamagedStore, TargetUnreachable, TimelineError, UsageError
 from timeline.format.branch_state import Setting
+from timeline.format.value_json import to_json
 from timeline.lsn import Lsn
 
 pytestmark = pytest.mark.fuse
@@ -174,53 +179,89 @@ def test_latest_of_a_quiet_server_sealed_or_not(bench: Bench) -> None:
 
 
 def test_long_replays_are_fed_and_prefetched(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments come while Postgres replays; the prefetcher reads them too, and asks for what it will need."""
+    """Segments come while Postgres replays; the prefetcher looks at them, too, and reads what the replay will."""
     server = bench.archived.server
     server.sql("create table wide (n int primary key, pad text)")
     server.sql("insert into wide select g, repeat('x', 300) from generate_series(1, 30000) g")
     bench.archived.position()
     monkeypatch.setattr("restore.recovery.WHOLE_BYTES", 0)
+    # Postgres is not over before the prefetcher has begun.
+    monkeypatch.setattr("restore.branch_make.launch", after(bench, "prefetched", launch))
     made = bench.create(name="long")
     assert value(made, "select count(*) from wide where pad like 'x%'") == 30000
     directory = bench.state / "branches" / made.id
-    wait_for_prefetcher(bench, made)
-    assert decode_spec((directory / "mount.json").read_bytes(), directory).replay is None, (
-        "not at the next mount"
-    )
-    assert not (directory / "feed").exists()
+    log = (directory / "mount.log").read_text()
+    found = re.search(r"prefetched (\d+) ranges", log)
+    assert found is not None and int(found[1]) > 5, log
+    assert "WARNING" not in log and "ERROR" not in log, log
+    assert not (directory / "feed").exists() and not replay_file(directory).exists()
+    wait_until(lambda: not children(mount_pid(bench, made)))
     server.sql("drop table wide")
 
 
-def wait_for_prefetcher(bench: Bench, made: BranchResult) -> None:
-    """Until it has done its work, and is gone."""
-    log = bench.state / "branches" / made.id / "mount.log"
-    mount = next(
-        each.pid for each in agent.mounts(bench.state) if str(each.mountpoint) == made.data_directory
-    )
-    deadline = time.monotonic() + 20
-    while "prefetched what the replay reads" not in log.read_text() or children(mount):
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    assert "WARNING" not in log.read_text() and "ERROR" not in log.read_text()
+def after(bench: Bench, logged: str, begin: Callable[..., Launch]) -> Callable[..., Launch]:
+    """``begin``, once the only mount that is being made has logged that."""
+
+    def wait(instance: Instance, **options: Any) -> Launch:
+        log = instance.data.parent / "mount.log"
+        wait_until(lambda: logged in log.read_text())
+        return begin(instance, **options)
+
+    return wait
+
+
+def mount_pid(bench: Bench, made: BranchResult) -> int:
+    """Of the process that serves the branch's data directory."""
+    return next(each.pid for each in agent.mounts(bench.state) if str(each.mountpoint) == made.data_directory)
 
 
 def test_a_prefetcher_keeps_nobody(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that waits for WAL that never comes ends with its mount, and the mount does not wait for it."""
-    monkeypatch.setattr("restore.replay_task.FEED", "elsewhere")
-    monkeypatch.setattr("restore.replay_task.WAL", "elsewhere")
-    bench.archived.server.sql("create table waited (n int)")
+    """One that has files of the mount open, and waits for WAL that never comes, ends with its mount."""
+    server = bench.archived.server
+    server.sql("create table waited (n int)", "insert into waited select generate_series(1, 20000)")
     bench.archived.position()
+
+    def and_more(plan: BranchPlan, directory: Path, *, near: bool) -> None:
+        announce(plan, directory, near=near)
+        task = read_task(replay_file(directory))
+        last = task.segments[-1]
+        never = SegmentFile(
+            "never", Lsn(last.start + task.segment_bytes), Lsn(last.start + 2 * task.segment_bytes)
+        )
+        replay_file(directory).write_text(
+            json.dumps(to_json(dataclasses.replace(task, segments=(*task.segments, never))))
+        )
+
+    monkeypatch.setattr("restore.branch_make.announce", and_more)
+    # It would end of its own accord when the replay is over.
+    monkeypatch.setattr("restore.branch_make.withdraw", lambda _: None)
     made = bench.create(name="waiting")
-    mount = next(
-        each.pid for each in agent.mounts(bench.state) if str(each.mountpoint) == made.data_directory
-    )
-    ((prefetcher, began),) = children(mount)
-    began_to_stop = time.monotonic()
+    ((prefetcher, began),) = children(mount_pid(bench, made))
+
+    def holds_files() -> bool:
+        descriptors = Path(f"/proc/{prefetcher}/fd").iterdir()
+        return any(os.readlink(each).startswith(made.data_directory) for each in descriptors)
+
+    wait_until(holds_files)
     asyncio.run(bench.branches.stop("waiting"))
-    assert time.monotonic() - began_to_stop < 10
     assert start_time(prefetcher) != began
     assert "was in use" not in (bench.state / "branches" / made.id / "mount.log").read_text()
-    bench.archived.server.sql("drop table waited")
+    server.sql("drop table waited")
+
+
+def test_a_prefetcher_dies_with_its_mount(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EDGE 51: killed, the mount leaves nobody who would open the files of the next one."""
+    bench.archived.server.sql("create table dying (n int)")
+    bench.archived.position()
+    monkeypatch.setattr("restore.replay_task.FEED", "elsewhere")
+    monkeypatch.setattr("restore.replay_task.WAL", "elsewhere")
+    monkeypatch.setattr("restore.branch_make.withdraw", lambda _: None)
+    made = bench.create(name="dying")
+    mount = mount_pid(bench, made)
+    ((prefetcher, began),) = children(mount)
+    os.kill(mount, signal.SIGKILL)
+    wait_until(lambda: start_time(prefetcher) != began)
+    bench.archived.server.sql("drop table dying")
 
 
 def test_a_name_is_a_name(bench: Bench) -> None:

@@ -135,7 +135,7 @@ def test_a_command_does_not_outlive_who_started_it(tmp_path: Path) -> None:
     """Its parent is killed; the command gets SIGTERM and clears up."""
     told = tmp_path / "told"
     child = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from cli.attached import attach; attach(int(sys.argv[1]))\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from restore.attached import attach; attach(int(sys.argv[1]))\n"
         "import signal, time, pathlib\n"
         f"def end(*_): pathlib.Path({str(told)!r}).write_text('ended'); sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, end)\n"
@@ -154,7 +154,7 @@ def test_a_command_does_not_outlive_who_started_it(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
 def test_a_command_whose_parent_is_gone_already_does_not_begin() -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from cli.attached import attach; attach(1); print('ran')"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from restore.attached import attach; attach(1); print('ran')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (STOPPED, "")
 
