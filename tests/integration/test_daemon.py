@@ -203,6 +203,7 @@ def test_a_killed_daemon_leaves_no_archiver_that_stands_in_the_way(place: Place)
         assert "another daemon" in second.stderr
         daemon.signal(signal.SIGKILL)
         daemon.process.wait()
+        orphans = set(daemon.relatives())
         lsn = insert(place, "one", 10)
         with running_daemon(place.host, place.config) as successor:
             successor.wait_for("WAL of the successor", lambda: stored(successor, "one", lsn))
@@ -213,5 +214,9 @@ def test_a_killed_daemon_leaves_no_archiver_that_stands_in_the_way(place: Place)
             assert resident < 60_000, "the daemon itself imports nothing heavy"
             maps = Path(f"/proc/{successor.process.pid}/maps").read_text()
             assert not any(name in maps for name in ("arrow", "libpq", "numpy"))
+            # Each when it next tells its state, whether or not it stood in anybody's way.
+            successor.wait_for(
+                "the orphans' end", lambda: orphans.isdisjoint(successor.relatives()), seconds=30
+            )
             assert successor.end() == 0
             assert successor.relatives() == []
