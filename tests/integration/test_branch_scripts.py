@@ -25,7 +25,7 @@ def host(make_postgres_session: Callable[..., PostgresServer]) -> Iterator[Host]
     """A host with an archived store of a server with people in it."""
     server = make_postgres_session(15)
     place = scratch("tl-run-")
-    # The archiver's own sessions are not what is tested: on a busy machine a millisecond is too short even for their first word.
+    # The archiver is not what is tested: on a busy machine a millisecond is too short even for its first word.
     unbound = f"{server.conninfo} options='-c statement_timeout=0'"
     host = make_host(place, f"file://{place}/store", source=unbound)
     host.tl("init", host.store, "--source", unbound)
