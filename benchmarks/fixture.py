@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +24,14 @@ PGBENCH_BYTES_PER_SCALE = 15_700_000
 
 @contextlib.contextmanager
 def working_directory() -> Iterator[Path]:
-    """A directory for one benchmark run, removed at the end."""
+    """A directory for one benchmark run, removed at the end. To be entered first: SIGTERM unwinds what was entered after it."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     path = scratch("tl-bench-")
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

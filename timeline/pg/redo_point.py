@@ -161,8 +161,14 @@ def redo_point_control(
     """
     control = parse_control(image)
     point = control.checkpoint
+    if control.state is not ClusterState.SHUT_DOWN:
+        raise FormatError(
+            CONTROL_FILE,
+            0,
+            f"the server that left this image was not shut down cleanly ({control.state.name})",
+            hint="nothing of it was stored; build the snapshot again",
+        )
     for holds, expectation in (
-        (control.state is ClusterState.SHUT_DOWN, f"a clean shutdown, found {control.state.name}"),
         (control.tli > tli, f"a tli above {tli}, found {control.tli}: not promoted"),
         (control.redo == control.checkpoint_lsn, "a checkpoint that is its own redo point"),
         (control.checkpoint_lsn > lsn, f"a checkpoint after {lsn}, found {control.checkpoint_lsn}"),

@@ -295,8 +295,8 @@ def test_control(major: int) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"state": 6}, "clean shutdown, found IN_PRODUCTION"),
-        ({"state": 2}, "clean shutdown, found SHUT_DOWN_IN_RECOVERY"),
+        ({"state": 6}, r"not shut down cleanly \(IN_PRODUCTION\)"),
+        ({"state": 2}, r"not shut down cleanly \(SHUT_DOWN_IN_RECOVERY\)"),
         ({"tli": 1}, "not promoted"),
         ({"redo": SEGMENT}, "own redo point"),
         ({"checkpoint_lsn": SEGMENT, "redo": SEGMENT}, "checkpoint after"),
