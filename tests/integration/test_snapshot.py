@@ -23,10 +23,12 @@ from restore.host import find_host
 from restore.overlay_snapshot import newest_page
 from tests.fix_postgres import MAJORS
 from tests.support.snapshot_place import Place, control_of, state_of, unexpected_pages
+from tests.support.tl_host import make_host
 from tests.support.workload import prepare, steps
 from timeline.clock import SystemClock
 from timeline.errors import CheckFailed
 from timeline.format.branch_state import BUILT
+from timeline.format.file_listing import write_file_listing
 from timeline.lsn import Lsn
 from timeline.maintain.thin import Rule
 from timeline.pg.control import parse_control
@@ -109,6 +111,38 @@ def test_nothing_new_builds_nothing(make_place: Callable[[int], Place]) -> None:
     place.snapshot()
     assert len(state_of(place.host.store).snapshots) == count
     assert place.host.branches() == []
+
+
+@pytest.mark.fuse
+def test_of_two_builders_at_once_one_wins(
+    make_place: Callable[[int], Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P3: on two hosts; all that the slower one stored is there before it learns that it lost, and does no harm."""
+    place = make_place(15)
+    place.server.sql("create table t as select generate_series(1, 1000) i")
+    place.archive()
+    place.server.sql("insert into t select generate_series(1, 1000) i")
+    place.archive()
+    other = make_host(place.root / "other", place.host.store)
+    won: list[dict[str, Any]] = []
+
+    def after_the_other(*args: Any, **options: Any) -> Any:
+        won.append(other.tl("snapshot"))
+        return write_file_listing(*args, **options)
+
+    monkeypatch.setattr(overlay_snapshot, "write_file_listing", after_the_other)
+    assert place.build() == []
+    [[faster]] = [each["snapshots"] for each in won]
+    [built] = place.built()
+    assert str(built.lsn) == faster["lsn"]
+    place.host.tl("verify", "--data")
+    unexpected, _ = unexpected_pages(place.recovered(built), place.image(built), hints=False)
+    assert unexpected == []
+    place.server.sql("insert into t values (0)")
+    place.archive()
+    assert len(place.snapshot()) == 1
+    assert place.value(place.host.tl("branch", "x")["dsn"], "select count(*) from t") == "2001"
+    other.end_agent()
 
 
 @pytest.mark.fuse
