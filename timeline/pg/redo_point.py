@@ -166,7 +166,7 @@ def redo_point_control(
             CONTROL_FILE,
             0,
             f"the server that left this image was not shut down cleanly ({control.state.name})",
-            hint="nothing of it was stored; build the snapshot again",
+            hint="there is no snapshot of it; build it again",
         )
     for holds, expectation in (
         (control.tli > tli, f"a tli above {tli}, found {control.tli}: not promoted"),
