@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -15,29 +14,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
 
 from restore import agent, mount_table, recovery
 from restore.branch import HostBranches
-from restore.branch_request import BranchRequest, BranchResult, Listen, StoreAddress
-from restore.compute import Instance, Launch, launch
+from restore.branch_request import Listen, StoreAddress
 from restore.isolation import isolate
 from restore.local_branch import MAKING, READY
-from restore.plan import BranchPlan, SegmentFile
-from restore.process import children, start_time
+from restore.process import start_time
 from restore.recovery import Recovery
-from restore.replay_task import announce, read_task, replay_file
 from tests.support.archived_server import ArchivedServer, archived_server
+from tests.support.branch_bench import Bench, running_bench, source_of_branches, value, wait_until
 from tests.support.first_checkpoint import wait_for_first_checkpoint
 from tests.support.postgres import PostgresServer, free_port, scratch
 from timeline.catalog.when import AtLsn, AtTime, Latest
 from timeline.clock import SystemClock
 from timeline.errors import DamagedStore, TargetUnreachable, TimelineError, UsageError
 from timeline.format.branch_state import Setting
-from timeline.format.value_json import to_json
 from timeline.lsn import Lsn
 
 pytestmark = pytest.mark.fuse
@@ -48,75 +43,20 @@ CLOCK = SystemClock()
 def source(
     make_postgres_session: Callable[..., PostgresServer], request: pytest.FixtureRequest
 ) -> Iterator[ArchivedServer]:
-    """A server with a base backup in a store and an archiver at work."""
+    """With some rows, and small segments."""
     server = make_postgres_session(getattr(request, "param", 15), initdb=["--wal-segsize=4"])
-    server.sql("create table t (n int)", "insert into t select generate_series(1, 50000)", "checkpoint")
-    directory = scratch("tl-st-")
-    with archived_server(server, directory / "store") as archived:
+    with source_of_branches(server) as archived:
         yield archived
-    server.stop("immediate")
-    shutil.rmtree(directory)
 
 
 both_majors = pytest.mark.parametrize("source", [15, 18], indirect=True)
 
 
-class Bench:
-    """The branches of one test, and proof that nothing is left of them."""
-
-    def __init__(self, root: Path, archived: ArchivedServer) -> None:
-        self.root = root
-        self.archived = archived
-        self.branches = HostBranches.of({**os.environ, "TL_STATE": str(root / "state")}, CLOCK)
-
-    def request(self, **options: object) -> BranchRequest:
-        return BranchRequest(StoreAddress(self.archived.url), **options)  # type: ignore[arg-type]
-
-    def create(self, **options: object) -> BranchResult:
-        return asyncio.run(self.branches.create(self.request(**options)))
-
-    def delete(self, name: str) -> None:
-        asyncio.run(self.branches.delete(name))
-
-    @property
-    def state(self) -> Path:
-        return self.branches.host.state
-
-    def assert_nothing_left(self) -> None:
-        """No process, mount, directory or name."""
-        assert [m.mountpoint for m in mount_table.mounted() if m.mountpoint.startswith(str(self.root))] == []
-        for place in ("branches", "names", "s"):
-            assert list((self.state / place).iterdir()) == []
-        listed = subprocess.run(
-            ["pgrep", "-af", str(self.state / "branches")], capture_output=True, text=True
-        )
-        assert listed.stdout == ""
-
-
 @pytest.fixture
 def bench(source: ArchivedServer) -> Iterator[Bench]:
-    root = scratch("tl-bn-")
-    made = Bench(root, source)
-    yield made
-    for branch in made.branches.registry.all():
-        if branch.protected:
-            made.branches.protect(branch.name, protected=False)
-        made.delete(branch.name)
-    asyncio.run(made.branches.sweep())
-    made.assert_nothing_left()
-    pid = agent.ping(made.state)
-    if pid is not None:
-        os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: start_time(pid) is None)
-    shutil.rmtree(root)
-
-
-def value(result: BranchResult | str, query: str, dbname: str = "postgres") -> object:
-    dsn = result if isinstance(result, str) else result.dsn
-    with psycopg.connect(dsn, dbname=dbname, autocommit=True) as connection:
-        row = connection.execute(query).fetchone()
-        assert row is not None
-        return row[0]
+    """The branches of a test."""
+    with running_bench(source) as made:
+        yield made
 
 
 def run(dsn: str, *statements: str, dbname: str = "postgres") -> None:
@@ -176,92 +116,6 @@ def test_latest_of_a_quiet_server_sealed_or_not(bench: Bench) -> None:
     before = value(bench.create(name="tail", when=Latest()), "select count(*) from t")
     bench.archived.seal()
     assert value(bench.create(name="sealed", when=Latest()), "select count(*) from t") == before
-
-
-def test_long_replays_are_fed_and_prefetched(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments come while Postgres replays; the prefetcher looks at them, too, and reads what the replay will."""
-    server = bench.archived.server
-    server.sql("create table wide (n int primary key, pad text)")
-    server.sql("insert into wide select g, repeat('x', 300) from generate_series(1, 30000) g")
-    bench.archived.position()
-    monkeypatch.setattr("restore.recovery.WHOLE_BYTES", 0)
-    # Postgres is not over before the prefetcher has begun.
-    monkeypatch.setattr("restore.branch_make.launch", after(bench, "prefetched", launch))
-    made = bench.create(name="long")
-    assert value(made, "select count(*) from wide where pad like 'x%'") == 30000
-    directory = bench.state / "branches" / made.id
-    log = (directory / "mount.log").read_text()
-    found = re.search(r"prefetched (\d+) ranges", log)
-    assert found is not None and int(found[1]) > 5, log
-    assert "WARNING" not in log and "ERROR" not in log, log
-    assert not (directory / "feed").exists() and not replay_file(directory).exists()
-    wait_until(lambda: not children(mount_pid(bench, made)))
-    server.sql("drop table wide")
-
-
-def after(bench: Bench, logged: str, begin: Callable[..., Launch]) -> Callable[..., Launch]:
-    """``begin``, once the only mount that is being made has logged that."""
-
-    def wait(instance: Instance, **options: Any) -> Launch:
-        log = instance.data.parent / "mount.log"
-        wait_until(lambda: logged in log.read_text())
-        return begin(instance, **options)
-
-    return wait
-
-
-def mount_pid(bench: Bench, made: BranchResult) -> int:
-    """Of the process that serves the branch's data directory."""
-    return next(each.pid for each in agent.mounts(bench.state) if str(each.mountpoint) == made.data_directory)
-
-
-def test_a_prefetcher_keeps_nobody(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that has files of the mount open, and waits for WAL that never comes, ends with its mount."""
-    server = bench.archived.server
-    server.sql("create table waited (n int)", "insert into waited select generate_series(1, 20000)")
-    bench.archived.position()
-
-    def and_more(plan: BranchPlan, directory: Path, *, near: bool) -> None:
-        announce(plan, directory, near=near)
-        task = read_task(replay_file(directory))
-        last = task.segments[-1]
-        never = SegmentFile(
-            "never", Lsn(last.start + task.segment_bytes), Lsn(last.start + 2 * task.segment_bytes)
-        )
-        replay_file(directory).write_text(
-            json.dumps(to_json(dataclasses.replace(task, segments=(*task.segments, never))))
-        )
-
-    monkeypatch.setattr("restore.branch_make.announce", and_more)
-    # It would end of its own accord when the replay is over.
-    monkeypatch.setattr("restore.branch_make.withdraw", lambda _: None)
-    made = bench.create(name="waiting")
-    ((prefetcher, began),) = children(mount_pid(bench, made))
-
-    def holds_files() -> bool:
-        descriptors = Path(f"/proc/{prefetcher}/fd").iterdir()
-        return any(os.readlink(each).startswith(made.data_directory) for each in descriptors)
-
-    wait_until(holds_files)
-    asyncio.run(bench.branches.stop("waiting"))
-    assert start_time(prefetcher) != began
-    assert "was in use" not in (bench.state / "branches" / made.id / "mount.log").read_text()
-    server.sql("drop table waited")
-
-
-def test_a_prefetcher_dies_with_its_mount(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EDGE 51: killed, the mount leaves nobody who would open the files of the next one."""
-    bench.archived.server.sql("create table dying (n int)")
-    bench.archived.position()
-    monkeypatch.setattr("restore.replay_task.FEED", "elsewhere")
-    monkeypatch.setattr("restore.replay_task.WAL", "elsewhere")
-    monkeypatch.setattr("restore.branch_make.withdraw", lambda _: None)
-    made = bench.create(name="dying")
-    mount = mount_pid(bench, made)
-    ((prefetcher, began),) = children(mount)
-    os.kill(mount, signal.SIGKILL)
-    wait_until(lambda: start_time(prefetcher) != began)
-    bench.archived.server.sql("drop table dying")
 
 
 def test_a_name_is_a_name(bench: Bench) -> None:
@@ -619,13 +473,6 @@ def test_the_branch_of_a_promoted_server(make_postgres: Callable[..., PostgresSe
             bench.assert_nothing_left()
     finally:
         shutil.rmtree(root)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_branch_that_nobody_uses_is_stopped(bench: Bench) -> None:
